@@ -1,0 +1,1 @@
+//! Sign words: bit order, padding, and the rule for zero and NaN.

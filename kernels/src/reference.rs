@@ -1,0 +1,154 @@
+//! Scalar truth: each function reads like its equation, and every backend is tested against it.
+//!
+//! Sums run in f64 so that the reference is closer to the exact result than any backend.
+
+use crate::{Activation, AttentionShape, Elements, Limits, Matrix, MlpCounts, MlpWeights, Rows, SignMatrix};
+
+/// `sum_c w[row, c] * x[c]`.
+pub fn dot(w: &Matrix<'_>, row: usize, x: &[f32]) -> f64 {
+    (0..w.n_cols).map(|col| f64::from(w.data.get(row * w.n_cols + col)) * f64::from(x[col])).sum()
+}
+
+/// `y = W x`. Shapes: `x (n_cols,)`, `y (n_rows,)`.
+pub fn matvec(w: &Matrix<'_>, x: &[f32], y: &mut [f32]) {
+    for (row, y) in y.iter_mut().enumerate() {
+        *y = dot(w, row, x) as f32;
+    }
+}
+
+/// `y = X Wᵀ`, row by row. Shapes: `x (n_tokens, n_cols)`, `y (n_tokens, n_rows)`.
+pub fn matmul(w: &Matrix<'_>, x: &[f32], y: &mut [f32]) {
+    for (x, y) in x.chunks_exact(w.n_cols).zip(y.chunks_exact_mut(w.n_rows)) {
+        matvec(w, x, y);
+    }
+}
+
+/// `y = X W`. Shapes: `w_t (n_rows, n_cols)`, `x (n_tokens, n_rows)`, `y (n_tokens, n_cols)`.
+pub fn matmul_t(w_t: &Matrix<'_>, x: &[f32], y: &mut [f32]) {
+    for (x, y) in x.chunks_exact(w_t.n_rows).zip(y.chunks_exact_mut(w_t.n_cols)) {
+        for (col, y) in y.iter_mut().enumerate() {
+            *y = (0..w_t.n_rows)
+                .map(|row| f64::from(w_t.data.get(row * w_t.n_cols + col)) * f64::from(x[row]))
+                .sum::<f64>() as f32;
+        }
+    }
+}
+
+/// `out[i] = x[i] / sqrt(mean(x^2) + eps) * weight[i]`.
+pub fn rmsnorm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let mean_square = x.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>() / x.len() as f64;
+    let scale = 1.0 / (mean_square + f64::from(eps)).sqrt();
+    for ((out, &x), &weight) in out.iter_mut().zip(x).zip(weight) {
+        *out = (f64::from(x) * scale * f64::from(weight)) as f32;
+    }
+}
+
+/// Rotates pairs `(i, i + head_dim / 2)` of every head. `cos`, `sin`: `(head_dim / 2,)` for the position.
+pub fn rope(heads: &mut [f32], head_dim: usize, cos: &[f32], sin: &[f32]) {
+    let half = head_dim / 2;
+    for head in heads.chunks_exact_mut(head_dim) {
+        for i in 0..half {
+            let (a, b) = (f64::from(head[i]), f64::from(head[i + half]));
+            let (cos, sin) = (f64::from(cos[i]), f64::from(sin[i]));
+            head[i] = (a * cos - b * sin) as f32;
+            head[i + half] = (b * cos + a * sin) as f32;
+        }
+    }
+}
+
+/// Softmax attention of one position over positions `0..n_positions` of the cache.
+///
+/// Shapes: `q (n_heads, head_dim)`, `k` and `v` `(n_kv_heads, n_positions_max, head_dim)`, `out` as `q`.
+pub fn attention(
+    shape: &AttentionShape,
+    q: &[f32],
+    k: Elements<'_>,
+    v: Elements<'_>,
+    n_positions: usize,
+    out: &mut [f32],
+) {
+    let d = shape.head_dim;
+    let group = shape.n_heads / shape.n_kv_heads;
+    for head in 0..shape.n_heads {
+        let base = head / group * shape.n_positions_max * d;
+        let scores: Vec<f64> = (0..n_positions)
+            .map(|p| {
+                let dot: f64 =
+                    (0..d).map(|i| f64::from(q[head * d + i]) * f64::from(k.get(base + p * d + i))).sum();
+                dot / (d as f64).sqrt()
+            })
+            .collect();
+        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let total: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+        for i in 0..d {
+            let sum: f64 = scores
+                .iter()
+                .enumerate()
+                .map(|(p, s)| (s - max).exp() * f64::from(v.get(base + p * d + i)))
+                .sum();
+            out[head * d + i] = (sum / total) as f32;
+        }
+    }
+}
+
+/// Sign words of `x`: bit `c % 32` of word `c / 32` is 1 iff `x[c] < 0`; NaN and both zeros give 0.
+pub fn sign_pack(x: &[f32], words: &mut [u32]) {
+    for (word, x) in words.iter_mut().zip(x.chunks(32)) {
+        *word = x.iter().enumerate().fold(0, |word, (bit, &v)| word | u32::from(v < 0.0) << bit);
+    }
+}
+
+/// Sign disagreements of `row` with `x_words`.
+pub fn n_neg(signs: &SignMatrix<'_>, row: usize, x_words: &[u32]) -> u32 {
+    let row_words = &signs.words[row * signs.n_words..][..signs.n_words];
+    row_words.iter().zip(x_words).map(|(w, x)| (w ^ x).count_ones()).sum()
+}
+
+/// `skip[row]` iff `n_neg(row) > limit(row)`. Source: SparseInfer, arXiv 2411.12692, section 3.
+pub fn predict(signs: &SignMatrix<'_>, limits: &Limits<'_>, x_words: &[u32], skip: &mut [bool]) {
+    for (row, skip) in skip.iter_mut().enumerate() {
+        *skip = n_neg(signs, row, x_words) > limits.of(row);
+    }
+}
+
+/// `h[i] = skip(i) ? 0 : act(w_gate[i] . x) * (w_up[i] . x)`; returns the rows read.
+pub fn gate_up(
+    w: &MlpWeights<'_>,
+    rows: &Rows<'_>,
+    activation: Activation,
+    x: &[f32],
+    h: &mut [f32],
+) -> MlpCounts {
+    let mut skip = vec![false; w.gate.n_rows];
+    if let Rows::Predicted { signs, limits } = rows {
+        let mut x_words = vec![0; signs.n_words];
+        sign_pack(x, &mut x_words);
+        predict(signs, limits, &x_words, &mut skip);
+    }
+    let mut counts = MlpCounts::default();
+    for (row, h) in h.iter_mut().enumerate() {
+        *h = 0.0;
+        if skip[row] {
+            continue;
+        }
+        counts.n_kept += 1;
+        let gate = activation.apply(dot(&w.gate, row, x) as f32);
+        if gate != 0.0 {
+            counts.n_active += 1;
+            *h = (f64::from(gate) * dot(&w.up, row, x)) as f32;
+        }
+    }
+    counts
+}
+
+/// `y += sum_i h[i] * w_down_t[i]`.
+pub fn down(w_down_t: &Matrix<'_>, h: &[f32], y: &mut [f32]) {
+    for (col, y) in y.iter_mut().enumerate() {
+        let sum: f64 = h
+            .iter()
+            .enumerate()
+            .map(|(row, &h)| f64::from(h) * f64::from(w_down_t.data.get(row * w_down_t.n_cols + col)))
+            .sum();
+        *y += sum as f32;
+    }
+}

@@ -1,0 +1,2 @@
+//! Offline converter: a ReLU-sparse Hugging Face checkpoint becomes one `.sinf` file.
+#![forbid(unsafe_code)]

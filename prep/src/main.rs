@@ -1,0 +1,2 @@
+//! Binary `prep`.
+fn main() {}

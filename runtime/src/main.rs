@@ -1,0 +1,2 @@
+//! Binary `runtime`.
+fn main() {}
