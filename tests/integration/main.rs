@@ -1,2 +1,6 @@
-//! Integration tests.
-fn main() {}
+//! One binary for all black-box tests: they drive the built `prep` and `runtime` as a user would.
+
+mod cli;
+mod convert;
+mod failures;
+mod golden;
