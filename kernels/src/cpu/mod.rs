@@ -1,5 +1,8 @@
 //! The CPU backend: instruction set chosen once, threads that persist, safe operations over checked shapes.
 
+mod gemm;
+mod lanes;
+
 use crate::shape::check;
 use crate::{
     Activation, AttentionShape, Elements, Limits, Matrix, Matvec, MlpCounts, MlpWeights, Rows, ShapeError,
@@ -23,6 +26,7 @@ pub enum Isa {
 pub struct Cpu {
     isa: Isa,
     n_threads: usize,
+    gemm: gemm::GemmScratch,
 }
 
 /// Buffers of [`Cpu::mlp`], made once per session.
@@ -65,7 +69,27 @@ impl Cpu {
         } else {
             n_threads
         };
-        Self { isa, n_threads }
+        Self { isa, n_threads, gemm: gemm::GemmScratch::new(n_threads) }
+    }
+
+    fn run(&self, n: usize, f: &(dyn Fn(usize) + Sync)) {
+        let next = std::sync::atomic::AtomicUsize::new(0);
+        let work = || loop {
+            let i = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            if i >= n {
+                break;
+            }
+            f(i);
+        };
+        if self.n_threads == 1 || n == 1 {
+            return work();
+        }
+        std::thread::scope(|s| {
+            for _ in 1..self.n_threads {
+                s.spawn(work);
+            }
+            work();
+        });
     }
 
     /// The instruction set in use.
@@ -139,11 +163,17 @@ impl Cpu {
     ) -> Result<(), ShapeError> {
         check("matmul input", n_tokens * w.n_cols, x.len())?;
         check("matmul output", n_tokens * w.n_rows, y.len())?;
-        let mut out = vec![0.0; y.len()];
-        reference::matmul(w, x, &mut out);
-        for (y, out) in y.iter_mut().zip(out) {
-            *y = if accumulate { *y + out } else { out };
-        }
+        gemm::matmul(
+            self.isa,
+            self.n_threads,
+            &|n, f| self.run(n, f),
+            &self.gemm,
+            w,
+            n_tokens,
+            x,
+            y,
+            accumulate,
+        );
         Ok(())
     }
 
@@ -159,11 +189,17 @@ impl Cpu {
     ) -> Result<(), ShapeError> {
         check("matmul_t input", n_tokens * w_t.n_rows, x.len())?;
         check("matmul_t output", n_tokens * w_t.n_cols, y.len())?;
-        let mut out = vec![0.0; y.len()];
-        reference::matmul_t(w_t, x, &mut out);
-        for (y, out) in y.iter_mut().zip(out) {
-            *y = if accumulate { *y + out } else { out };
-        }
+        gemm::matmul_t(
+            self.isa,
+            self.n_threads,
+            &|n, f| self.run(n, f),
+            &self.gemm,
+            w_t,
+            n_tokens,
+            x,
+            y,
+            accumulate,
+        );
         Ok(())
     }
 
