@@ -1,2 +1,5 @@
 //! Offline converter: a ReLU-sparse Hugging Face checkpoint becomes one `.sinf` file.
 #![forbid(unsafe_code)]
+
+pub mod calibrate;
+pub mod synth;
