@@ -1,1 +1,67 @@
-//! Bytes that each operation has to move, for benches and statistics.
+//! Bytes that each operation has to move, for benches and statistics: every weight that the operation uses, once.
+//!
+//! Vectors (activations, outputs) stay in cache from one operation to the next and are not counted.
+
+use crate::{AttentionShape, Limits, Matrix, MlpCounts, MlpWeights, Rows};
+
+/// All of `w`: a product with it, the lm_head among them.
+pub fn matrix(w: &Matrix<'_>) -> u64 {
+    rows(w, w.n_rows)
+}
+
+/// What one MLP call reads of `w` and of the predictor, given the `counts` that it returned.
+pub fn mlp(w: &MlpWeights<'_>, rows: &Rows<'_>, counts: &MlpCounts) -> u64 {
+    let active = self::rows(&w.up, counts.n_active) + self::rows(&w.down_t, counts.n_active);
+    match rows {
+        Rows::All => matrix(&w.gate) + matrix(&w.up) + matrix(&w.down_t),
+        Rows::Active => matrix(&w.gate) + active,
+        Rows::Predicted { signs, limits } => {
+            let limits_bytes = match limits {
+                Limits::Layer(_) => 0,
+                Limits::PerRow(limits) => size_of_val(*limits),
+            };
+            let predictor = size_of_val(signs.words) + limits_bytes;
+            predictor as u64 + self::rows(&w.gate, counts.n_kept) + active
+        }
+    }
+}
+
+/// Keys and values of `n_positions` positions of one layer.
+pub fn kv(shape: &AttentionShape, element_bytes: usize, n_positions: usize) -> u64 {
+    (2 * shape.n_kv_heads * shape.head_dim * element_bytes) as u64 * n_positions as u64
+}
+
+/// `n_rows` rows of `w`.
+fn rows(w: &Matrix<'_>, n_rows: usize) -> u64 {
+    n_rows as u64 * w.n_cols as u64 * w.data.element_bytes() as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Elements, SignMatrix};
+
+    #[test]
+    fn an_mlp_moves_the_rows_it_counts() {
+        let gate = [half::f16::ZERO; 7 * 40];
+        let down = [0.0f32; 7 * 40];
+        let gate = Matrix { data: Elements::F16(&gate), n_rows: 7, n_cols: 40 };
+        let down_t = Matrix { data: Elements::F32(&down), n_rows: 7, n_cols: 40 };
+        let w = MlpWeights { gate, up: gate, down_t };
+        let counts = MlpCounts { n_kept: 5, n_active: 3 };
+        assert_eq!(matrix(&w.gate), 560);
+        assert_eq!(mlp(&w, &Rows::All, &counts), 560 + 560 + 1_120);
+        assert_eq!(mlp(&w, &Rows::Active, &counts), 560 + 3 * (80 + 160));
+        let signs = SignMatrix { words: &[0; 14], n_rows: 7, n_words: 2 };
+        let layer = Rows::Predicted { signs, limits: Limits::Layer(20) };
+        assert_eq!(mlp(&w, &layer, &counts), 56 + 5 * 80 + 3 * (80 + 160));
+        let per_row = Rows::Predicted { signs, limits: Limits::PerRow(&[0; 7]) };
+        assert_eq!(mlp(&w, &per_row, &counts), 28 + 56 + 5 * 80 + 3 * (80 + 160));
+    }
+
+    #[test]
+    fn a_cache_is_read_once_for_all_query_heads() {
+        let shape = AttentionShape { n_heads: 8, n_kv_heads: 2, head_dim: 16, n_positions_max: 100 };
+        assert_eq!(kv(&shape, 2, 10), 2 * 2 * 16 * 2 * 10);
+    }
+}

@@ -2,6 +2,7 @@
 
 mod gemm;
 mod lanes;
+mod pool;
 
 use crate::shape::check;
 use crate::{
@@ -20,12 +21,62 @@ pub enum Isa {
     Avx512,
 }
 
+impl Isa {
+    /// All of them, narrowest first.
+    pub const ALL: [Self; 3] = [Self::Portable, Self::Avx2, Self::Avx512];
+
+    /// `portable`, `avx2` or `avx512`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Portable => "portable",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+        }
+    }
+
+    /// The instruction set that [`Isa::name`] calls so.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|isa| isa.name() == name)
+    }
+
+    /// The widest one of this processor.
+    #[cfg(target_arch = "x86_64")]
+    pub fn detect() -> Self {
+        // The names have to cover every `target_feature` of the entries in this module's files.
+        let avx2 = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c")
+            && is_x86_feature_detected!("popcnt");
+        let avx512 = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512vpopcntdq");
+        match (avx2, avx512) {
+            (true, true) => Self::Avx512,
+            (true, false) => Self::Avx2,
+            _ => Self::Portable,
+        }
+    }
+
+    /// The widest one of this processor.
+    #[cfg(not(target_arch = "x86_64"))]
+    pub fn detect() -> Self {
+        Self::Portable
+    }
+}
+
+impl std::fmt::Display for Isa {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
 /// A CPU with its worker threads. Operations run on the calling thread and the workers together; results do not
 /// depend on the number of threads, bit for bit.
 #[derive(Debug)]
 pub struct Cpu {
     isa: Isa,
-    n_threads: usize,
+    pool: pool::Pool,
     gemm: gemm::GemmScratch,
 }
 
@@ -57,9 +108,11 @@ impl AttentionScratch {
 
 impl Cpu {
     /// The widest instruction set of this processor with `n_threads` threads (0: one for each available core).
-    /// The environment variable `SINF_ISA` (`portable`, `avx2`, `avx512`) lowers it.
+    /// The environment variable `SINF_ISA` (`portable`, `avx2`, `avx512`) lowers it; what it
+    /// cannot name or the processor lacks is not used, so report [`Cpu::isa`].
     pub fn new(n_threads: usize) -> Self {
-        Self::with_isa(n_threads, Isa::Portable)
+        let asked = std::env::var("SINF_ISA").ok().and_then(|name| Isa::from_name(&name));
+        Self::with_isa(n_threads, asked.unwrap_or(Isa::Avx512))
     }
 
     /// As [`Cpu::new`], with `isa` or the widest one below it that this processor has.
@@ -69,27 +122,8 @@ impl Cpu {
         } else {
             n_threads
         };
-        Self { isa, n_threads, gemm: gemm::GemmScratch::new(n_threads) }
-    }
-
-    fn run(&self, n: usize, f: &(dyn Fn(usize) + Sync)) {
-        let next = std::sync::atomic::AtomicUsize::new(0);
-        let work = || loop {
-            let i = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-            if i >= n {
-                break;
-            }
-            f(i);
-        };
-        if self.n_threads == 1 || n == 1 {
-            return work();
-        }
-        std::thread::scope(|s| {
-            for _ in 1..self.n_threads {
-                s.spawn(work);
-            }
-            work();
-        });
+        let pool = pool::Pool::new(n_threads);
+        Self { isa: isa.min(Isa::detect()), gemm: gemm::GemmScratch::new(pool.n_threads()), pool }
     }
 
     /// The instruction set in use.
@@ -99,7 +133,7 @@ impl Cpu {
 
     /// Threads, the caller's included.
     pub fn n_threads(&self) -> usize {
-        self.n_threads
+        self.pool.n_threads()
     }
 
     /// `out = w[row]` as f32.
@@ -165,8 +199,8 @@ impl Cpu {
         check("matmul output", n_tokens * w.n_rows, y.len())?;
         gemm::matmul(
             self.isa,
-            self.n_threads,
-            &|n, f| self.run(n, f),
+            self.pool.n_threads(),
+            &|n, f| self.pool.run(n, f),
             &self.gemm,
             w,
             n_tokens,
@@ -191,8 +225,8 @@ impl Cpu {
         check("matmul_t output", n_tokens * w_t.n_cols, y.len())?;
         gemm::matmul_t(
             self.isa,
-            self.n_threads,
-            &|n, f| self.run(n, f),
+            self.pool.n_threads(),
+            &|n, f| self.pool.run(n, f),
             &self.gemm,
             w_t,
             n_tokens,
