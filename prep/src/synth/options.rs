@@ -216,17 +216,20 @@ impl SynthOptions {
     }
 
     pub(super) fn check(&self) -> Result<(), SynthError> {
-        let at_least = |name, value: u32, least: u32| match value >= least {
-            true => Ok(()),
-            false => Err(option(name, &format!("at least {least}"), value)),
-        };
-        at_least("--hidden", self.hidden_size, 16)?;
-        at_least("--intermediate", self.intermediate_size, 16)?;
-        at_least("--layers", self.num_hidden_layers, 1)?;
-        at_least("--heads", self.num_attention_heads, 1)?;
-        at_least("--kv-heads", self.num_key_value_heads, 1)?;
-        at_least("--vocab", self.vocab_size, MIN_VOCAB_SIZE)?;
-        at_least("--context", self.max_position_embeddings, 2)?;
+        // The upper bounds only keep a slip of the keyboard from asking for more memory than there is.
+        for (name, value, range) in [
+            ("--hidden", self.hidden_size, 16..=1 << 16),
+            ("--intermediate", self.intermediate_size, 16..=1 << 18),
+            ("--layers", self.num_hidden_layers, 1..=1 << 10),
+            ("--heads", self.num_attention_heads, 1..=self.hidden_size / 2),
+            ("--kv-heads", self.num_key_value_heads, 1..=self.num_attention_heads),
+            ("--vocab", self.vocab_size, MIN_VOCAB_SIZE..=1 << 20),
+            ("--context", self.max_position_embeddings, 2..=1 << 24),
+        ] {
+            if !range.contains(&value) {
+                return Err(option(name, &format!("{} to {}", range.start(), range.end()), value));
+            }
+        }
         if !self.hidden_size.is_multiple_of(2 * self.num_attention_heads) {
             let expected = format!("a divisor of half the hidden size {}", self.hidden_size);
             return Err(option("--heads", &expected, self.num_attention_heads));
