@@ -1,7 +1,7 @@
 use super::Isa;
 #[cfg(target_arch = "x86_64")]
 use super::lanes::{Avx2, Avx512};
-use super::lanes::{Element, Lanes, Portable, load_partial};
+use super::lanes::{Element, LANES_MAX, Lanes, Portable, load_partial};
 use crate::{Elements, Matrix};
 use std::sync::Mutex;
 
@@ -158,6 +158,13 @@ pub(super) fn matmul(
     if n_tokens == 0 || w.n_rows == 0 {
         return;
     }
+    if w.n_cols == 0 {
+        // An empty sum.
+        if !accumulate {
+            y.fill(0.0);
+        }
+        return;
+    }
     let (n, nv_max) = lanes(isa);
     let n_vecs = n_tokens.div_ceil(n);
     let n_groups = w.n_rows.div_ceil(GROUP);
@@ -200,6 +207,13 @@ pub(super) fn matmul_t(
     accumulate: bool,
 ) {
     if n_tokens == 0 || w_t.n_cols == 0 {
+        return;
+    }
+    if w_t.n_rows == 0 {
+        // An empty sum.
+        if !accumulate {
+            y.fill(0.0);
+        }
         return;
     }
     let (n, nv_max) = lanes(isa);
@@ -403,7 +417,8 @@ unsafe fn matmul_chunk<L: Lanes>(args: &Args<'_>, chunk: usize, buffer: &mut Buf
         let row0 = chunk % args.n_unit_chunks * args.units * GROUP;
         let rows = (n_rows - row0).min(args.units * GROUP);
         let width = n_vecs * L::N;
-        let b = buffer.get(GROUP * K_STRIDE + args.units * GROUP * width);
+        // The last transpose of c may read up to LANES_MAX rows past it.
+        let b = buffer.get(GROUP * K_STRIDE + (args.units * GROUP).next_multiple_of(LANES_MAX) * width);
         let c = b.add(GROUP * K_STRIDE);
         let element_bytes = args.w.data.element_bytes();
         let row_bytes = n_cols * element_bytes;
@@ -484,7 +499,6 @@ unsafe fn matmul_chunk<L: Lanes>(args: &Args<'_>, chunk: usize, buffer: &mut Buf
             let n_t = (args.n_tokens - t0).min(L::N);
             let mut row = 0;
             while row < rows {
-                // args.units * GROUP is not a multiple of 16: the block may overhang c by 8 rows at most
                 let n_r = (rows - row).min(L::N);
                 L::transpose(c.add(row * width + v * L::N), width, square.as_mut_ptr(), L::N);
                 for t in 0..n_t {
