@@ -1,139 +1,306 @@
+//! Products of a batch of tokens with a weight matrix: each weight is converted to f32 once and used for many tokens,
+//! so the multipliers set the pace.
+//!
+//! ```text
+//! for each chunk, a block of tokens by a block of outputs, on any thread:
+//!     for each block of K_BLOCK summed elements, ascending:
+//!         convert the weights of the block to f32, into a buffer that stays in cache
+//!         for each tile of outputs, kept in registers: add the block's products, asking meanwhile for later weights
+//! ```
+//!
+//! Computes   matmul: y[t, r] (+)= dot(w[r], x[t]);  matmul_t: y[t, c] (+)= sum_r x[t, r] * w_t[r, c]
+//! Source     blocks and tiles after Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication"
+//! Reference  reference::{matmul, matmul_t}, within the rounding of f32 sums
+//! Shapes     w, w_t (n_rows, n_cols) f32, f16 or bf16 row-major; x, y f32 row-major, a row for each token
+//! Needs      lengths as the shapes say; checked in `Cpu`, asserted here
+//! Lanes      matmul: tokens, so x is packed across tokens and the result transposed back; matmul_t: columns
+//! Tail       matmul: zeros for the missing tokens; matmul_t: a tile on the stack for the missing columns
+//! Order      an output is one chain of multiply-adds for each K_BLOCK elements, from zero, the chains added in
+//!            ascending order (matmul_t: to y, matmul: to each other and then to y). Nothing of it depends on the other
+//!            tokens, on the chunk or on the threads, and AVX2 and AVX-512 agree bit for bit
+//! Bytes      bytes::matrix for each block of TOKENS_MAX tokens
+
 use super::Isa;
 #[cfg(target_arch = "x86_64")]
 use super::lanes::{Avx2, Avx512};
 use super::lanes::{Element, LANES_MAX, Lanes, Portable, load_partial};
+use super::pool::{Pool, Shared};
 use crate::{Elements, Matrix};
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError, TryLockError};
 
-/// Elements of the summed dimension in a block: each block is one chain of fused multiply-adds from zero, and the
-/// blocks are added in ascending order. The same for all instruction sets, so that those with FMA agree bit for bit.
-pub(super) const K_BLOCK: usize = 256;
-/// Distance of the rows of a broadcast operand; not a power of two, which would map them to the same cache sets.
-pub(super) const K_STRIDE: usize = K_BLOCK + 16;
-/// Steps between two calls of the prefetch hook.
+/// Summed elements in a block.
+const K_BLOCK: usize = 256;
+/// Distance of the rows of an operand that is broadcast; not a power of two, which would put them in the same cache
+/// sets.
+const K_STRIDE: usize = K_BLOCK + 16;
+/// Summed elements between two requests for later weights: a cache line of f16.
 const K_STEP: usize = 32;
-/// Weight rows converted at a time: a multiple of every tile height.
+/// Bytes of a cache line.
+const LINE_BYTES: usize = 64;
+/// Weight rows that `matmul` converts at a time: a multiple of the height of each tile.
 const GROUP: usize = 24;
-/// Groups in the largest chunk.
+/// Groups in the largest chunk of `matmul`.
 const GROUPS_MAX: usize = 4;
-/// Tokens in the largest chunk: K_BLOCK of them stay in a 1 MiB L2.
-const TOKENS_MAX: usize = 256;
-/// Panels (of `N * NV_MAX` columns) in the largest chunk of `matmul_t`.
+/// Panels in the largest chunk of `matmul_t`; a panel is as many columns as a tile.
 const PANELS_MAX: usize = 4;
+/// Tokens in the largest chunk: a block of them takes 256 KiB of L2.
+const TOKENS_MAX: usize = 256;
+/// Tokens of the tallest tile of `matmul_t`.
+const TILE_TOKENS: usize = 6;
+/// Chunks for each thread, where there is enough work: an even share although cores differ.
+const CHUNKS_PER_THREAD: usize = 8;
+/// Tokens are divided further when a thread would have fewer chunks than this.
+const CHUNKS_PER_THREAD_MIN: usize = 4;
+/// Tokens in a chunk of `matmul_t` are not divided below this.
+const TOKENS_MIN: usize = 48;
+/// Tokens that `matmul_t` copies in a chunk.
+const COPY_TOKENS: usize = 16;
+/// Summed elements that `matmul` packs in a chunk.
+const PACK_ELEMENTS: usize = 4 * K_BLOCK;
 
-/// Cache-line aligned floats.
-#[derive(Debug, Default)]
-pub(super) struct Buffer(Vec<Line>);
-
-#[derive(Clone, Copy, Debug)]
-#[repr(C, align(64))]
-struct Line([f32; 16]);
-
-impl Buffer {
-    /// At least `len` floats, of any value.
-    pub(super) fn get(&mut self, len: usize) -> *mut f32 {
-        let n_lines = len.div_ceil(16);
-        if self.0.len() < n_lines {
-            self.0 = vec![Line([0.0; 16]); n_lines];
-        }
-        self.0.as_mut_ptr().cast()
-    }
-}
-
-/// Buffers of the products, kept between calls.
-#[derive(Debug)]
-pub(super) struct GemmScratch {
-    packed: Mutex<Buffer>,
-    slots: Box<[Mutex<Buffer>]>,
-}
-
-impl GemmScratch {
-    pub(super) fn new(n_threads: usize) -> Self {
-        Self { packed: Mutex::default(), slots: (0..n_threads).map(|_| Mutex::default()).collect() }
-    }
-}
-
-/// Runs `f` with a slot that no other thread uses: there are as many as threads.
-pub(super) fn with_slot<T>(slots: &[Mutex<T>], f: impl FnOnce(&mut T)) {
-    loop {
-        for slot in slots {
-            match slot.try_lock() {
-                Ok(mut slot) => return f(&mut slot),
-                Err(std::sync::TryLockError::Poisoned(slot)) => return f(&mut slot.into_inner()),
-                Err(std::sync::TryLockError::WouldBlock) => {}
-            }
-        }
-        std::thread::yield_now();
-    }
-}
-
-/// `run(n_chunks, body)`.
-pub(super) type Run<'a> = &'a dyn Fn(usize, &(dyn Fn(usize) + Sync));
-
-#[derive(Clone, Copy)]
-struct Shared<T>(*mut T);
-// SAFETY: TODO.
-unsafe impl<T> Send for Shared<T> {}
-// SAFETY: TODO.
-unsafe impl<T> Sync for Shared<T> {}
-
-struct Args<'a> {
-    w: Matrix<'a>,
-    n_tokens: usize,
-    x: *const f32,
-    packed: *mut f32,
-    y: *mut f32,
-    accumulate: bool,
-    n_threads: usize,
-    /// Vectors of tokens (matmul) or tokens (matmul_t) in a chunk.
-    block: usize,
-    n_blocks: usize,
-    /// Groups (matmul) or panels (matmul_t) in a chunk.
-    units: usize,
-    n_unit_chunks: usize,
-}
-// SAFETY: TODO.
-unsafe impl Sync for Args<'_> {}
-
-const fn nv_max<L: Lanes>() -> usize {
-    if L::N == 16 { 4 } else { 2 }
-}
-
-fn lanes(isa: Isa) -> (usize, usize) {
-    match isa {
-        Isa::Portable => (4, 2),
-        Isa::Avx2 => (8, 2),
-        Isa::Avx512 => (16, 4),
-    }
-}
-
+/// Calls the entry of an instruction set.
 macro_rules! dispatch {
     ($isa:expr, $entry:ident, $($arg:expr),*) => {
         match $isa {
             #[cfg(target_arch = "x86_64")]
+            // SAFETY: `Cpu` has an instruction set only if the processor has it. The plan holds to its shapes, which
+            // are asserted, and the pool runs each chunk once.
             Isa::Avx512 => unsafe { avx512::$entry($($arg),*) },
             #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
             Isa::Avx2 => unsafe { avx2::$entry($($arg),*) },
+            // SAFETY: as above; nothing is asked of the processor.
             _ => unsafe { portable::$entry($($arg),*) },
         }
     };
+}
+
+/// One product over checked shapes.
+pub(super) struct Product<'a> {
+    /// The weights, transposed or not.
+    pub(super) w: &'a Matrix<'a>,
+    /// Rows of `x` and `y`.
+    pub(super) n_tokens: usize,
+    /// The input.
+    pub(super) x: &'a [f32],
+    /// The output.
+    pub(super) y: &'a mut [f32],
+    /// Adds to `y` instead of replacing it.
+    pub(super) accumulate: bool,
+}
+
+/// Buffers of the products, which grow to the largest one and are kept.
+#[derive(Debug)]
+pub(super) struct GemmScratch {
+    /// The input, in the order in which tiles read it.
+    packed: Mutex<Buffer>,
+    /// One for each thread: converted weights and results.
+    slots: Box<[Mutex<Buffer>]>,
+}
+
+impl GemmScratch {
+    /// For products on `n_threads`.
+    pub(super) fn new(n_threads: usize) -> Self {
+        Self { packed: Mutex::default(), slots: (0..n_threads).map(|_| Mutex::default()).collect() }
+    }
+
+    /// Runs `f` with a slot that nobody else uses. `packed` is locked meanwhile, so there are as many slots as threads.
+    fn with_slot(&self, f: impl FnOnce(&mut Buffer)) {
+        loop {
+            for slot in &self.slots {
+                match slot.try_lock() {
+                    Ok(mut slot) => return f(&mut slot),
+                    Err(TryLockError::Poisoned(slot)) => return f(&mut slot.into_inner()),
+                    Err(TryLockError::WouldBlock) => {}
+                }
+            }
+            std::hint::spin_loop();
+        }
+    }
+
+    /// `y (+)= X Wᵀ`. Shapes: `x (n_tokens, n_cols)`, `y (n_tokens, n_rows)`.
+    pub(super) fn matmul(&self, isa: Isa, pool: &Pool, product: Product<'_>) {
+        let Product { w, n_tokens, x, y, accumulate } = product;
+        let (n_rows, n_cols) = (w.n_rows, w.n_cols);
+        assert!(fits(w.data.len(), n_rows, n_cols));
+        assert!(fits(x.len(), n_tokens, n_cols) && fits(y.len(), n_tokens, n_rows));
+        if y.is_empty() || x.is_empty() {
+            // Nothing, or empty sums.
+            if !accumulate {
+                y.fill(0.0);
+            }
+            return;
+        }
+        let (n, n_vecs_tile) = tile_size(isa);
+        let n_vecs = n_tokens.div_ceil(n);
+        let n_groups = n_rows.div_ceil(GROUP);
+        let mut block = (TOKENS_MAX / n).min(n_vecs);
+        while block > n_vecs_tile
+            && n_groups * n_vecs.div_ceil(block) < CHUNKS_PER_THREAD_MIN * pool.n_threads()
+        {
+            block = (block / 2).next_multiple_of(n_vecs_tile);
+        }
+        let n_blocks = n_vecs.div_ceil(block);
+        let units = (n_groups * n_blocks / (CHUNKS_PER_THREAD * pool.n_threads())).clamp(1, GROUPS_MAX);
+        let n_unit_chunks = n_groups.div_ceil(units);
+        let mut packed = self.packed.lock().unwrap_or_else(PoisonError::into_inner);
+        let plan = Plan {
+            w: *w,
+            n_tokens,
+            x,
+            packed: Shared::new(packed.get(n_vecs * n * n_cols)),
+            y: Shared::new(y),
+            accumulate,
+            n_threads: pool.n_threads(),
+            block,
+            units,
+            n_unit_chunks,
+        };
+        let n_pack_chunks = n_vecs.div_ceil(n_vecs_tile) * n_cols.div_ceil(PACK_ELEMENTS);
+        pool.run(n_pack_chunks, &|chunk| dispatch!(isa, pack, &plan, chunk));
+        pool.run(n_unit_chunks * n_blocks, &|chunk| {
+            self.with_slot(|buffer| dispatch!(isa, matmul_chunk, &plan, chunk, buffer));
+        });
+    }
+
+    /// `y (+)= X W`. Shapes: `x (n_tokens, n_rows)`, `y (n_tokens, n_cols)`.
+    pub(super) fn matmul_t(&self, isa: Isa, pool: &Pool, product: Product<'_>) {
+        let Product { w, n_tokens, x, y, accumulate } = product;
+        let (n_rows, n_cols) = (w.n_rows, w.n_cols);
+        assert!(fits(w.data.len(), n_rows, n_cols));
+        assert!(fits(x.len(), n_tokens, n_rows) && fits(y.len(), n_tokens, n_cols));
+        if y.is_empty() || x.is_empty() {
+            // Nothing, or empty sums.
+            if !accumulate {
+                y.fill(0.0);
+            }
+            return;
+        }
+        let (n, n_vecs_tile) = tile_size(isa);
+        let n_panels = n_cols.div_ceil(n * n_vecs_tile);
+        let mut block = TOKENS_MAX.min(n_tokens);
+        while block > TOKENS_MIN
+            && n_panels * n_tokens.div_ceil(block) < CHUNKS_PER_THREAD_MIN * pool.n_threads()
+        {
+            block = (block / 2).next_multiple_of(TILE_TOKENS);
+        }
+        let n_blocks = n_tokens.div_ceil(block);
+        let units = (n_panels * n_blocks / (CHUNKS_PER_THREAD * pool.n_threads())).clamp(1, PANELS_MAX);
+        let n_unit_chunks = n_panels.div_ceil(units);
+        let n_k_blocks = n_rows.div_ceil(K_BLOCK);
+        let mut packed = self.packed.lock().unwrap_or_else(PoisonError::into_inner);
+        let plan = Plan {
+            w: *w,
+            n_tokens,
+            x,
+            packed: Shared::new(packed.get(n_k_blocks * n_tokens * K_STRIDE)),
+            y: Shared::new(y),
+            accumulate,
+            n_threads: pool.n_threads(),
+            block,
+            units,
+            n_unit_chunks,
+        };
+        let plan = &plan;
+        pool.run(n_tokens.div_ceil(COPY_TOKENS), &|chunk| {
+            for token in chunk * COPY_TOKENS..(chunk * COPY_TOKENS + COPY_TOKENS).min(n_tokens) {
+                for (k_block, x) in x[token * n_rows..][..n_rows].chunks(K_BLOCK).enumerate() {
+                    // SAFETY: `packed` has a row of K_STRIDE for each block and token; this chunk alone has the token.
+                    let row = unsafe { plan.packed.slice((k_block * n_tokens + token) * K_STRIDE, x.len()) };
+                    row.copy_from_slice(x);
+                }
+            }
+        });
+        pool.run(n_unit_chunks * n_blocks, &|chunk| {
+            self.with_slot(|buffer| dispatch!(isa, matmul_t_chunk, plan, chunk, buffer));
+        });
+    }
+}
+
+/// True when `len` elements are `n_rows` rows of `n_cols`.
+fn fits(len: usize, n_rows: usize, n_cols: usize) -> bool {
+    n_rows.checked_mul(n_cols) == Some(len)
+}
+
+/// What the chunks of a product share. Chunk i is block `i / n_unit_chunks` of the tokens by block
+/// `i % n_unit_chunks` of the outputs.
+struct Plan<'a> {
+    w: Matrix<'a>,
+    n_tokens: usize,
+    x: &'a [f32],
+    /// `matmul`: for each tile of token vectors, `(n_cols, tile)`, zeros after the last token.
+    /// `matmul_t`: `(n_k_blocks, n_tokens, K_STRIDE)`.
+    packed: Shared<f32>,
+    y: Shared<f32>,
+    accumulate: bool,
+    n_threads: usize,
+    /// Vectors of tokens (`matmul`) or tokens (`matmul_t`) in a chunk.
+    block: usize,
+    /// Groups of rows (`matmul`) or panels of columns (`matmul_t`) in a chunk.
+    units: usize,
+    n_unit_chunks: usize,
+}
+
+/// Floats on cache lines of their own.
+#[derive(Debug, Default)]
+struct Buffer(Vec<Line>);
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+struct Line([f32; LINE_BYTES / 4]);
+
+impl Buffer {
+    /// `len` floats, of any value.
+    fn get(&mut self, len: usize) -> &mut [f32] {
+        let n_lines = len.div_ceil(LINE_BYTES / 4);
+        if self.0.len() < n_lines {
+            self.0 = vec![Line([0.0; LINE_BYTES / 4]); n_lines];
+        }
+        // SAFETY: a line is nothing but its floats, and the vector has lines for `len` of them.
+        unsafe { std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), len) }
+    }
+}
+
+/// Vectors in a row of a tile, chosen so that its sums fill the registers: 32 of AVX-512, 16 elsewhere.
+const fn n_vecs_tile<L: Lanes>() -> usize {
+    if L::N == 16 { 4 } else { 2 }
+}
+
+/// Lanes of a vector and vectors of a tile.
+fn tile_size(isa: Isa) -> (usize, usize) {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => (Avx512::N, n_vecs_tile::<Avx512>()),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => (Avx2::N, n_vecs_tile::<Avx2>()),
+        _ => (Portable::N, n_vecs_tile::<Portable>()),
+    }
 }
 
 macro_rules! entries {
     ($isa:ident, $lanes:ty $(, $feature:literal)?) => {
         mod $isa {
             use super::*;
+            /// # Safety
+            /// That of [`super::pack`].
             $(#[target_feature(enable = $feature)])?
-            pub(super) unsafe fn pack(args: &Args<'_>, task: usize) {
-                unsafe { super::pack::<$lanes>(args, task) }
+            pub(super) unsafe fn pack(plan: &Plan<'_>, chunk: usize) {
+                // SAFETY: the caller's promise.
+                unsafe { super::pack::<$lanes>(plan, chunk) }
             }
+            /// # Safety
+            /// That of [`super::matmul_chunk`].
             $(#[target_feature(enable = $feature)])?
-            pub(super) unsafe fn matmul(args: &Args<'_>, chunk: usize, buffer: &mut Buffer) {
-                unsafe { matmul_chunk::<$lanes>(args, chunk, buffer) }
+            pub(super) unsafe fn matmul_chunk(plan: &Plan<'_>, chunk: usize, buffer: &mut Buffer) {
+                // SAFETY: the caller's promise.
+                unsafe { super::matmul_chunk::<$lanes>(plan, chunk, buffer) }
             }
+            /// # Safety
+            /// That of [`super::matmul_t_chunk`].
             $(#[target_feature(enable = $feature)])?
-            pub(super) unsafe fn matmul_t(args: &Args<'_>, chunk: usize, buffer: &mut Buffer) {
-                unsafe { matmul_t_chunk::<$lanes>(args, chunk, buffer) }
+            pub(super) unsafe fn matmul_t_chunk(plan: &Plan<'_>, chunk: usize, buffer: &mut Buffer) {
+                // SAFETY: the caller's promise.
+                unsafe { super::matmul_t_chunk::<$lanes>(plan, chunk, buffer) }
             }
         }
     };
@@ -144,478 +311,334 @@ entries!(avx2, Avx2, "avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
 entries!(avx512, Avx512, "avx512f,avx512bw,avx512vl,avx2,fma,f16c");
 
-pub(super) fn matmul(
-    isa: Isa,
-    n_threads: usize,
-    run: Run<'_>,
-    scratch: &GemmScratch,
-    w: &Matrix<'_>,
-    n_tokens: usize,
-    x: &[f32],
-    y: &mut [f32],
-    accumulate: bool,
-) {
-    if n_tokens == 0 || w.n_rows == 0 {
-        return;
-    }
-    if w.n_cols == 0 {
-        // An empty sum.
-        if !accumulate {
-            y.fill(0.0);
-        }
-        return;
-    }
-    let (n, nv_max) = lanes(isa);
-    let n_vecs = n_tokens.div_ceil(n);
-    let n_groups = w.n_rows.div_ceil(GROUP);
-    let mut block = (TOKENS_MAX / n).min(n_vecs);
-    while block > nv_max && n_groups * n_vecs.div_ceil(block) < 4 * n_threads {
-        block = (block / 2).next_multiple_of(nv_max);
-    }
-    let n_blocks = n_vecs.div_ceil(block);
-    let units = (n_groups * n_blocks / (8 * n_threads)).clamp(1, GROUPS_MAX);
-    let mut packed = scratch.packed.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let args = Args {
-        w: *w,
-        n_tokens,
-        x: x.as_ptr(),
-        packed: packed.get(n_vecs * n * w.n_cols),
-        y: y.as_mut_ptr(),
-        accumulate,
-        n_threads,
-        block,
-        n_blocks,
-        units,
-        n_unit_chunks: n_groups.div_ceil(units),
-    };
-    let n_tiles = n_vecs.div_ceil(nv_max);
-    run(n_tiles * w.n_cols.div_ceil(4 * K_BLOCK), &|task| dispatch!(isa, pack, &args, task));
-    run(args.n_unit_chunks * n_blocks, &|chunk| {
-        with_slot(&scratch.slots, |buffer| dispatch!(isa, matmul, &args, chunk, buffer))
-    });
-}
-
-pub(super) fn matmul_t(
-    isa: Isa,
-    n_threads: usize,
-    run: Run<'_>,
-    scratch: &GemmScratch,
-    w_t: &Matrix<'_>,
-    n_tokens: usize,
-    x: &[f32],
-    y: &mut [f32],
-    accumulate: bool,
-) {
-    if n_tokens == 0 || w_t.n_cols == 0 {
-        return;
-    }
-    if w_t.n_rows == 0 {
-        // An empty sum.
-        if !accumulate {
-            y.fill(0.0);
-        }
-        return;
-    }
-    let (n, nv_max) = lanes(isa);
-    let n_panels = w_t.n_cols.div_ceil(n * nv_max);
-    let mut block = TOKENS_MAX.min(n_tokens);
-    while block > 48 && n_panels * n_tokens.div_ceil(block) < 4 * n_threads {
-        block = (block / 2).next_multiple_of(6);
-    }
-    let n_blocks = n_tokens.div_ceil(block);
-    let units = (n_panels * n_blocks / (8 * n_threads)).clamp(1, PANELS_MAX);
-    let mut packed = scratch.packed.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let n_k_blocks = w_t.n_rows.div_ceil(K_BLOCK);
-    let packed = packed.get(n_k_blocks * n_tokens * K_STRIDE);
-    let args = Args {
-        w: *w_t,
-        n_tokens,
-        x: x.as_ptr(),
-        packed,
-        y: y.as_mut_ptr(),
-        accumulate,
-        n_threads,
-        block,
-        n_blocks,
-        units,
-        n_unit_chunks: n_panels.div_ceil(units),
-    };
-    let args = &args;
-    run(n_tokens.div_ceil(16), &|task| {
-        let args = args;
-        for token in task * 16..(task * 16 + 16).min(n_tokens) {
-            for k_block in 0..n_k_blocks {
-                let k0 = k_block * K_BLOCK;
-                unsafe {
-                    let dst = args.packed.add((k_block * n_tokens + token) * K_STRIDE);
-                    args.x
-                        .add(token * args.w.n_rows + k0)
-                        .copy_to_nonoverlapping(dst, K_BLOCK.min(args.w.n_rows - k0));
-                }
-            }
-        }
-    });
-    run(args.n_unit_chunks * n_blocks, &|chunk| {
-        with_slot(&scratch.slots, |buffer| dispatch!(isa, matmul_t, args, chunk, buffer))
-    });
-}
-
-/// Tile `v` wide of tokens, from `packed`.
+/// Packs some summed elements of one tile of tokens.
+///
+/// # Safety
+/// The processor has the instruction set of `L`; `plan` is one of `matmul` for it; no other thread has the chunk.
 #[inline(always)]
-unsafe fn pack<L: Lanes>(args: &Args<'_>, task: usize) {
-    unsafe {
-        let n_cols = args.w.n_cols;
-        let n_k_tasks = n_cols.div_ceil(4 * K_BLOCK);
-        let (tile, k0) = (task / n_k_tasks, task % n_k_tasks * 4 * K_BLOCK);
-        let k1 = (k0 + 4 * K_BLOCK).min(n_cols);
-        let v0 = tile * nv_max::<L>();
-        let nv = (args.n_tokens.div_ceil(L::N) - v0).min(nv_max::<L>());
-        let width = nv * L::N;
-        let out = args.packed.add(v0 * L::N * n_cols);
-        for v in 0..nv {
-            let t0 = (v0 + v) * L::N;
-            let n_valid = (args.n_tokens - t0).min(L::N);
-            let x = args.x.add(t0 * n_cols);
-            let out = out.add(v * L::N);
+unsafe fn pack<L: Lanes>(plan: &Plan<'_>, chunk: usize) {
+    let n_cols = plan.w.n_cols;
+    let n_k_chunks = n_cols.div_ceil(PACK_ELEMENTS);
+    let (tile, k0) = (chunk / n_k_chunks, chunk % n_k_chunks * PACK_ELEMENTS);
+    let k1 = (k0 + PACK_ELEMENTS).min(n_cols);
+    let v0 = tile * n_vecs_tile::<L>();
+    let n_vecs = (plan.n_tokens.div_ceil(L::N) - v0).min(n_vecs_tile::<L>());
+    let width = n_vecs * L::N;
+    for v in 0..n_vecs {
+        let t0 = (v0 + v) * L::N;
+        let n_valid = (plan.n_tokens - t0).min(L::N);
+        let x = &plan.x[t0 * n_cols..][..n_valid * n_cols];
+        // SAFETY: the tile's part of `packed` is `(n_cols, width)`, of which this thread alone writes rows k0 to k1;
+        // a transpose reads L::N columns, k to k + L::N, of L::N rows of `x`, which has them when n_valid is L::N.
+        unsafe {
+            let out = plan.packed.get().add(v0 * L::N * n_cols + v * L::N);
             let mut k = k0;
-            if n_valid == L::N {
-                while k + L::N <= k1 {
-                    L::transpose(x.add(k), n_cols, out.add(k * width), width);
-                    k += L::N;
-                }
+            while n_valid == L::N && k + L::N <= k1 {
+                L::transpose(x.as_ptr().add(k), n_cols, out.add(k * width), width);
+                k += L::N;
             }
             for k in k..k1 {
                 for t in 0..L::N {
-                    *out.add(k * width + t) = if t < n_valid { *x.add(t * n_cols + k) } else { 0.0 };
+                    *out.add(k * width + t) = if t < n_valid { x[t * n_cols + k] } else { 0.0 };
                 }
             }
         }
     }
 }
 
+/// `dst[r * dst_stride + i] = src[r * src_stride + i]` for `i < n`, and zeros up to the next multiple of `L::N`.
+///
+/// # Safety
+/// The processor has the instruction set of `L`; both sides have `n_rows` such rows.
 #[inline(always)]
-unsafe fn convert_row<L: Lanes, T: Element>(src: *const T, n: usize, dst: *mut f32) {
-    unsafe {
-        let mut i = 0;
-        while i + L::N <= n {
-            L::store(dst.add(i), T::load::<L>(src.add(i)));
-            i += L::N;
-        }
-        if i < n {
-            L::store(dst.add(i), load_partial::<L, T>(src.add(i), n - i));
-        }
-    }
-}
-
-/// `dst[r * dst_stride + i] = src[r * src_stride + i]` for `i < n`; writes up to the next multiple of `L::N`.
-#[inline(always)]
-unsafe fn convert<L: Lanes>(
-    src: &Elements<'_>,
-    start: usize,
+unsafe fn convert<L: Lanes, T: Element>(
+    src: *const T,
     src_stride: usize,
     n_rows: usize,
     n: usize,
     dst: *mut f32,
     dst_stride: usize,
 ) {
-    unsafe {
-        for r in 0..n_rows {
-            let dst = dst.add(r * dst_stride);
-            let at = start + r * src_stride;
-            match src {
-                Elements::F32(v) => convert_row::<L, _>(v.as_ptr().add(at), n, dst),
-                Elements::F16(v) => convert_row::<L, _>(v.as_ptr().add(at), n, dst),
-                Elements::Bf16(v) => convert_row::<L, _>(v.as_ptr().add(at), n, dst),
+    for r in 0..n_rows {
+        // SAFETY: the caller's promise; past the last whole vector of `src` only its n - i elements are read.
+        unsafe {
+            let (src, dst) = (src.add(r * src_stride), dst.add(r * dst_stride));
+            let mut i = 0;
+            while i + L::N <= n {
+                L::store(dst.add(i), T::load::<L>(src.add(i)));
+                i += L::N;
+            }
+            if i < n {
+                L::store(dst.add(i), load_partial::<L, T>(src.add(i), n - i));
             }
         }
     }
 }
 
-/// What a tile does with `c`.
+/// What a tile does with the values that are in its place.
 #[derive(Clone, Copy, PartialEq)]
-pub(super) enum Into {
+enum Into {
     Set,
     Add,
 }
 
+/// `c[r, i] (+)= sum_k v[k, i] * b[r, k]` for `MR` rows of `NV` vectors.
+/// Shapes: `v (n_k, NV * L::N)`, `b (MR, K_STRIDE)`, `c (MR, c_stride)`. Calls `prefetch` every K_STEP elements.
+///
+/// # Safety
+/// The processor has the instruction set of `L`; the operands have their shapes, and no other thread has `c`.
 #[inline(always)]
-pub(super) unsafe fn tile<L: Lanes, const NV: usize, const MR: usize>(
+unsafe fn tile<L: Lanes, const NV: usize, const MR: usize>(
     n_k: usize,
     v: *const f32,
-    v_stride: usize,
     b: *const f32,
     c: *mut f32,
     c_stride: usize,
     into: Into,
     prefetch: impl Fn(usize),
 ) {
+    // SAFETY: the caller's promise; k stays below n_k, which is at most K_BLOCK.
     unsafe {
-        let zero = L::splat(0.0);
-        let mut acc = [[zero; NV]; MR];
-        let mut v = v;
+        let mut sums = [[L::splat(0.0); NV]; MR];
         let mut k = 0;
         while k < n_k {
             prefetch(k / K_STEP);
             let end = (k + K_STEP).min(n_k);
             while k < end {
-                let mut vs = [zero; NV];
-                for i in 0..NV {
-                    vs[i] = L::load(v.add(i * L::N));
+                let mut vs = [L::splat(0.0); NV];
+                for (i, vector) in vs.iter_mut().enumerate() {
+                    *vector = L::load(v.add((k * NV + i) * L::N));
                 }
-                for r in 0..MR {
+                for (r, sums) in sums.iter_mut().enumerate() {
                     let b = L::splat(*b.add(r * K_STRIDE + k));
-                    for i in 0..NV {
-                        acc[r][i] = L::mul_add(vs[i], b, acc[r][i]);
+                    for (sum, vector) in sums.iter_mut().zip(vs) {
+                        *sum = L::mul_add(vector, b, *sum);
                     }
                 }
-                v = v.add(v_stride);
                 k += 1;
             }
         }
-        for r in 0..MR {
-            for i in 0..NV {
+        for (r, sums) in sums.into_iter().enumerate() {
+            for (i, sum) in sums.into_iter().enumerate() {
                 let c = c.add(r * c_stride + i * L::N);
-                let sum = if into == Into::Set { acc[r][i] } else { L::add(L::load(c), acc[r][i]) };
-                L::store(c, sum);
+                L::store(c, if into == Into::Set { sum } else { L::add(L::load(c), sum) });
             }
         }
     }
 }
 
+/// # Safety
+/// The processor has the instruction set of `L`; `plan` is one of `matmul` for it; no other thread has the chunk.
 #[inline(always)]
-unsafe fn prefetch_rows<L: Lanes>(
-    base: *const u8,
-    row_bytes: usize,
-    n_rows: usize,
-    step: usize,
-    step_bytes: usize,
-) {
-    for r in 0..n_rows {
-        let line = base.wrapping_add(r * row_bytes + step * step_bytes);
-        L::prefetch(line);
-        if step_bytes > 64 {
-            L::prefetch(line.wrapping_add(64));
-        }
+unsafe fn matmul_chunk<L: Lanes>(plan: &Plan<'_>, chunk: usize, buffer: &mut Buffer) {
+    match plan.w.data {
+        // SAFETY: the caller's promise.
+        Elements::F32(w) => unsafe { matmul_rows::<L, _>(plan, w, chunk, buffer) },
+        // SAFETY: as above.
+        Elements::F16(w) => unsafe { matmul_rows::<L, _>(plan, w, chunk, buffer) },
+        // SAFETY: as above.
+        Elements::Bf16(w) => unsafe { matmul_rows::<L, _>(plan, w, chunk, buffer) },
     }
 }
 
-fn base(e: &Elements<'_>) -> *const u8 {
-    match e {
-        Elements::F32(v) => v.as_ptr().cast(),
-        Elements::F16(v) => v.as_ptr().cast(),
-        Elements::Bf16(v) => v.as_ptr().cast(),
-    }
-}
-
+/// # Safety
+/// That of [`matmul_chunk`].
 #[inline(always)]
-unsafe fn matmul_chunk<L: Lanes>(args: &Args<'_>, chunk: usize, buffer: &mut Buffer) {
-    unsafe {
-        let (n_rows, n_cols) = (args.w.n_rows, args.w.n_cols);
-        let nv_max = nv_max::<L>();
-        let v0 = chunk / args.n_unit_chunks * args.block;
-        let n_vecs = (args.n_tokens.div_ceil(L::N) - v0).min(args.block);
-        let row0 = chunk % args.n_unit_chunks * args.units * GROUP;
-        let rows = (n_rows - row0).min(args.units * GROUP);
-        let width = n_vecs * L::N;
-        // The last transpose of c may read up to LANES_MAX rows past it.
-        let b = buffer.get(GROUP * K_STRIDE + (args.units * GROUP).next_multiple_of(LANES_MAX) * width);
-        let c = b.add(GROUP * K_STRIDE);
-        let element_bytes = args.w.data.element_bytes();
-        let row_bytes = n_cols * element_bytes;
-        let data = base(&args.w.data);
+unsafe fn matmul_rows<L: Lanes, T: Element>(plan: &Plan<'_>, w: &[T], chunk: usize, buffer: &mut Buffer) {
+    let (n_rows, n_cols) = (plan.w.n_rows, plan.w.n_cols);
+    let v0 = chunk / plan.n_unit_chunks * plan.block;
+    let n_vecs = (plan.n_tokens.div_ceil(L::N) - v0).min(plan.block);
+    let row0 = chunk % plan.n_unit_chunks * plan.units * GROUP;
+    let rows = (n_rows - row0).min(plan.units * GROUP);
+    let width = n_vecs * L::N;
+    // Sums of whole groups; the transposes at the end read whole vectors of rows.
+    let n_sum_rows = (plan.units * GROUP).next_multiple_of(LANES_MAX);
+    let (b, sums) = buffer.get(GROUP * K_STRIDE + n_sum_rows * width).split_at_mut(GROUP * K_STRIDE);
 
-        let mut k0 = 0;
-        while k0 < n_cols {
-            let n_k = (n_cols - k0).min(K_BLOCK);
-            let into = if k0 == 0 { Into::Set } else { Into::Add };
-            let mut row = 0;
-            while row < rows {
-                let n_group = (rows - row).min(GROUP);
-                convert::<L>(&args.w.data, (row0 + row) * n_cols + k0, n_cols, n_group, n_k, b, K_STRIDE);
-                let (next_row, next_k) = if row + GROUP < rows {
-                    (row0 + row + GROUP, k0)
-                } else if k0 + K_BLOCK < n_cols {
-                    (row0, k0 + K_BLOCK)
-                } else {
-                    (row0 + args.n_threads * args.units * GROUP, 0)
-                };
-                let next = data.wrapping_add(next_row * row_bytes + next_k * element_bytes);
-                let mut v = 0;
-                while v < n_vecs {
-                    let nv = (n_vecs - v).min(nv_max);
-                    let panel = args.packed.add((v0 + v) * L::N * n_cols + k0 * nv * L::N);
-                    let c = c.add(row * width + v * L::N);
-                    let n_prefetch = usize::from(v == 0);
-                    macro_rules! tiles {
-                        ($nv:literal, $mr:literal) => {{
-                            let mut r = 0;
-                            while r < n_group {
-                                tile::<L, $nv, $mr>(
-                                    n_k,
-                                    panel,
-                                    $nv * L::N,
-                                    b.add(r * K_STRIDE),
-                                    c.add(r * width),
-                                    width,
-                                    into,
-                                    |step| {
-                                        prefetch_rows::<L>(
-                                            next.wrapping_add(r * row_bytes),
-                                            row_bytes,
-                                            n_prefetch * $mr,
-                                            step,
-                                            K_STEP * element_bytes,
-                                        )
-                                    },
-                                );
-                                r += $mr;
-                            }
-                        }};
-                    }
-                    if L::N == 16 {
-                        match nv {
-                            4 => tiles!(4, 6),
-                            3 => tiles!(3, 8),
-                            2 => tiles!(2, 12),
-                            _ => tiles!(1, 24),
-                        }
-                    } else {
-                        match nv {
-                            2 => tiles!(2, 6),
-                            _ => tiles!(1, 12),
-                        }
-                    }
-                    v += nv;
-                }
-                row += GROUP;
-            }
-            k0 += K_BLOCK;
-        }
-
-        // Rows of c become columns of y.
-        let mut square = [0.0f32; 256];
-        for v in 0..n_vecs {
-            let t0 = (v0 + v) * L::N;
-            let n_t = (args.n_tokens - t0).min(L::N);
-            let mut row = 0;
-            while row < rows {
-                let n_r = (rows - row).min(L::N);
-                L::transpose(c.add(row * width + v * L::N), width, square.as_mut_ptr(), L::N);
-                for t in 0..n_t {
-                    let y = args.y.add((t0 + t) * n_rows + row0 + row);
-                    let s = square.as_ptr().add(t * L::N);
-                    if n_r == L::N {
-                        let s = L::load(s);
-                        L::store(y, if args.accumulate { L::add(L::load(y), s) } else { s });
-                    } else {
-                        for r in 0..n_r {
-                            *y.add(r) = if args.accumulate { *y.add(r) + *s.add(r) } else { *s.add(r) };
-                        }
-                    }
-                }
-                row += L::N;
-            }
-        }
-    }
-}
-
-#[inline(always)]
-unsafe fn matmul_t_chunk<L: Lanes>(args: &Args<'_>, chunk: usize, buffer: &mut Buffer) {
-    unsafe {
-        let (n_rows, n_cols) = (args.w.n_rows, args.w.n_cols);
-        let panel_width = nv_max::<L>() * L::N;
-        let t0 = chunk / args.n_unit_chunks * args.block;
-        let n_tokens = (args.n_tokens - t0).min(args.block);
-        let col0 = chunk % args.n_unit_chunks * args.units * panel_width;
-        let cols = (n_cols - col0).min(args.units * panel_width);
-        let n_panels = cols.div_ceil(panel_width);
-        let panels = buffer.get(n_panels * panel_width * K_BLOCK);
-        let element_bytes = args.w.data.element_bytes();
-        let row_bytes = n_cols * element_bytes;
-        let data = base(&args.w.data);
-
-        let n_calls = n_panels * n_tokens.div_ceil(6);
-        let mut k0 = 0;
-        while k0 < n_rows {
-            let n_k = (n_rows - k0).min(K_BLOCK);
-            let into = if k0 == 0 && !args.accumulate { Into::Set } else { Into::Add };
-            for p in 0..n_panels {
-                let n = (cols - p * panel_width).min(panel_width);
-                convert::<L>(
-                    &args.w.data,
-                    k0 * n_cols + col0 + p * panel_width,
-                    n_cols,
-                    n_k,
-                    n,
-                    panels.add(p * panel_width * K_BLOCK),
-                    panel_width,
-                );
-            }
-            let next = if k0 + K_BLOCK < n_rows {
-                data.wrapping_add((k0 + K_BLOCK) * row_bytes + col0 * element_bytes)
+    for k0 in (0..n_cols).step_by(K_BLOCK) {
+        let n_k = (n_cols - k0).min(K_BLOCK);
+        let into = if k0 == 0 { Into::Set } else { Into::Add };
+        for row in (0..rows).step_by(GROUP) {
+            let n_group = (rows - row).min(GROUP);
+            let src = w[(row0 + row) * n_cols + k0..].as_ptr();
+            // SAFETY: rows row0 + row and on have n_k columns from k0; `b` has GROUP rows of K_STRIDE.
+            unsafe { convert::<L, T>(src, n_cols, n_group, n_k, b.as_mut_ptr(), K_STRIDE) };
+            // The group after this one; after the last, one of the chunk that this thread probably takes next.
+            let (next_row, next_k) = if row + GROUP < rows {
+                (row0 + row + GROUP, k0)
+            } else if k0 + K_BLOCK < n_cols {
+                (row0, k0 + K_BLOCK)
             } else {
-                data.wrapping_add((col0 + args.n_threads * args.units * panel_width) * element_bytes)
+                (row0 + plan.n_threads * plan.units * GROUP, 0)
             };
-            let n_steps = n_k.div_ceil(K_STEP);
-            let rows_per_step = n_k.div_ceil(n_calls * n_steps);
-            let n_lines = (n_panels * panel_width * element_bytes).div_ceil(64);
-            let mut call = 0;
-            for p in 0..n_panels {
-                let panel = panels.add(p * panel_width * K_BLOCK);
-                let col = p * panel_width;
-                let full = cols - col >= panel_width;
-                let mut t = 0;
-                while t < n_tokens {
-                    let b = args.packed.add((k0 / K_BLOCK * args.n_tokens + t0 + t) * K_STRIDE);
-                    let y = args.y.add((t0 + t) * n_cols + col0 + col);
-                    let prefetch = |step: usize| {
-                        let row = (call * n_steps + step) * rows_per_step;
-                        if row < K_BLOCK {
-                            for r in row..row + rows_per_step {
-                                for line in 0..n_lines {
-                                    L::prefetch(next.wrapping_add(r * row_bytes + line * 64));
+            let next = w.as_ptr().wrapping_add(next_row * n_cols + next_k);
+            let mut v = 0;
+            while v < n_vecs {
+                let nv = (n_vecs - v).min(n_vecs_tile::<L>());
+                // Rows past n_group hold what an earlier group left: their sums are of no use, and are not copied out.
+                macro_rules! tiles {
+                    ($nv:literal, $mr:literal) => {
+                        for r in (0..n_group).step_by($mr) {
+                            let prefetch = |step: usize| {
+                                if v == 0 {
+                                    for r in r..r + $mr {
+                                        prefetch::<L, T>(next.wrapping_add(r * n_cols + step * K_STEP), K_STEP);
+                                    }
                                 }
+                            };
+                            // SAFETY: a tile of `packed` is `(n_cols, nv * L::N)`, of which this is rows k0 and on;
+                            // `b` and `sums` have GROUP rows from 0 and from `row`, a multiple of the tile's height.
+                            unsafe {
+                                let tokens =
+                                    plan.packed.get().add((v0 + v) * L::N * n_cols + k0 * $nv * L::N);
+                                let b = b.as_ptr().add(r * K_STRIDE);
+                                let c = sums.as_mut_ptr().add((row + r) * width + v * L::N);
+                                tile::<L, $nv, $mr>(n_k, tokens, b, c, width, into, prefetch);
                             }
                         }
                     };
-                    let mut edge = [0.0f32; 6 * 64];
-                    let (c, c_stride, c_into) =
-                        if full { (y, n_cols, into) } else { (edge.as_mut_ptr(), panel_width, Into::Set) };
-                    macro_rules! tiles {
-                        ($nv:literal, $mr:literal) => {{
-                            tile::<L, $nv, $mr>(n_k, panel, panel_width, b, c, c_stride, c_into, prefetch);
-                            $mr
-                        }};
-                    }
-                    let n = if L::N == 16 {
-                        match n_tokens - t {
-                            6.. => tiles!(4, 6),
-                            4.. => tiles!(4, 4),
-                            2.. => tiles!(4, 2),
-                            _ => tiles!(4, 1),
-                        }
-                    } else {
-                        match n_tokens - t {
-                            6.. => tiles!(2, 6),
-                            4.. => tiles!(2, 4),
-                            2.. => tiles!(2, 2),
-                            _ => tiles!(2, 1),
-                        }
-                    };
-                    if !full {
-                        for r in 0..n {
-                            for i in 0..cols - col {
-                                let y = y.add(r * n_cols + i);
-                                let s = edge[r * panel_width + i];
-                                *y = if into == Into::Set { s } else { *y + s };
-                            }
-                        }
-                    }
-                    t += n;
-                    call += 1;
+                }
+                match (L::N, nv) {
+                    (16, 4) => tiles!(4, 6),
+                    (16, 3) => tiles!(3, 8),
+                    (16, 2) => tiles!(2, 12),
+                    (16, _) => tiles!(1, 24),
+                    (_, 2) => tiles!(2, 6),
+                    _ => tiles!(1, 12),
+                }
+                v += nv;
+            }
+        }
+    }
+    for v in 0..n_vecs {
+        let t0 = (v0 + v) * L::N;
+        let mut square = [0.0; LANES_MAX * LANES_MAX];
+        for row in (0..rows).step_by(L::N) {
+            let sums = sums[row * width + v * L::N..].as_ptr();
+            // SAFETY: `sums` has n_sum_rows rows, a multiple of L::N; `square` has L::N times L::N.
+            unsafe { L::transpose(sums, width, square.as_mut_ptr(), L::N) };
+            let n = (rows - row).min(L::N);
+            for (t, sums) in square.chunks_exact(L::N).enumerate().take((plan.n_tokens - t0).min(L::N)) {
+                // SAFETY: token t0 + t and rows row0 + row to row0 + row + n exist, and are of this chunk alone.
+                let y = unsafe { plan.y.slice((t0 + t) * n_rows + row0 + row, n) };
+                for (y, sum) in y.iter_mut().zip(sums) {
+                    *y = if plan.accumulate { *y + sum } else { *sum };
                 }
             }
-            k0 += K_BLOCK;
+        }
+    }
+}
+
+/// Asks for the cache lines of `n` elements at `src`, which may be any address.
+#[inline(always)]
+fn prefetch<L: Lanes, T>(src: *const T, n: usize) {
+    for line in 0..(n * size_of::<T>()).div_ceil(LINE_BYTES) {
+        L::prefetch(src.cast::<u8>().wrapping_add(line * LINE_BYTES));
+    }
+}
+
+/// # Safety
+/// The processor has the instruction set of `L`; `plan` is one of `matmul_t` for it; no other thread has the chunk.
+#[inline(always)]
+unsafe fn matmul_t_chunk<L: Lanes>(plan: &Plan<'_>, chunk: usize, buffer: &mut Buffer) {
+    match plan.w.data {
+        // SAFETY: the caller's promise.
+        Elements::F32(w) => unsafe { matmul_t_cols::<L, _>(plan, w, chunk, buffer) },
+        // SAFETY: as above.
+        Elements::F16(w) => unsafe { matmul_t_cols::<L, _>(plan, w, chunk, buffer) },
+        // SAFETY: as above.
+        Elements::Bf16(w) => unsafe { matmul_t_cols::<L, _>(plan, w, chunk, buffer) },
+    }
+}
+
+/// # Safety
+/// That of [`matmul_t_chunk`].
+#[inline(always)]
+unsafe fn matmul_t_cols<L: Lanes, T: Element>(plan: &Plan<'_>, w: &[T], chunk: usize, buffer: &mut Buffer) {
+    let (n_rows, n_cols) = (plan.w.n_rows, plan.w.n_cols);
+    let panel_width = n_vecs_tile::<L>() * L::N;
+    let t0 = chunk / plan.n_unit_chunks * plan.block;
+    let n_tokens = (plan.n_tokens - t0).min(plan.block);
+    let col0 = chunk % plan.n_unit_chunks * plan.units * panel_width;
+    let cols = (n_cols - col0).min(plan.units * panel_width);
+    let n_panels = cols.div_ceil(panel_width);
+    let panels = buffer.get(n_panels * panel_width * K_BLOCK);
+
+    for k0 in (0..n_rows).step_by(K_BLOCK) {
+        let n_k = (n_rows - k0).min(K_BLOCK);
+        let into = if k0 == 0 && !plan.accumulate { Into::Set } else { Into::Add };
+        for (p, panel) in panels.chunks_exact_mut(panel_width * K_BLOCK).enumerate() {
+            let col = p * panel_width;
+            let n = (cols - col).min(panel_width);
+            let src = w[k0 * n_cols + col0 + col..].as_ptr();
+            // SAFETY: rows k0 to k0 + n_k have n columns from col0 + col; the panel is `(K_BLOCK, panel_width)`.
+            unsafe { convert::<L, T>(src, n_cols, n_k, n, panel.as_mut_ptr(), panel_width) };
+        }
+        // The block of rows after this one; after the last, one of the chunk that this thread probably takes next.
+        let next = w.as_ptr().wrapping_add(if k0 + K_BLOCK < n_rows {
+            (k0 + K_BLOCK) * n_cols + col0
+        } else {
+            col0 + plan.n_threads * plan.units * panel_width
+        });
+        // Its rows are spread evenly over the steps of this block's tiles.
+        let n_steps = n_k.div_ceil(K_STEP);
+        let rows_per_step = n_k.div_ceil(n_panels * n_tokens.div_ceil(TILE_TOKENS) * n_steps);
+        let mut n_tiles = 0;
+        for (p, panel) in panels.chunks_exact(panel_width * K_BLOCK).enumerate() {
+            let col = p * panel_width;
+            let n_tile_cols = (cols - col).min(panel_width);
+            let mut t = 0;
+            while t < n_tokens {
+                let prefetch = |step: usize| {
+                    let row = (n_tiles * n_steps + step) * rows_per_step;
+                    for row in row..(row + rows_per_step).min(K_BLOCK) {
+                        prefetch::<L, T>(next.wrapping_add(row * n_cols), n_panels * panel_width);
+                    }
+                };
+                // A tile that overhangs y is made here and copied.
+                let mut edge = [0.0; TILE_TOKENS * 4 * LANES_MAX];
+                let overhangs = n_tile_cols < panel_width;
+                macro_rules! tiles {
+                    ($nv:literal, $mr:literal) => {
+                        // SAFETY: `packed` has $mr tokens from t0 + t in this block of rows; y has them and the tile's
+                        // columns, of this chunk alone, unless it overhangs; `edge` has TILE_TOKENS times a tile row.
+                        unsafe {
+                            let b = (k0 / K_BLOCK * plan.n_tokens + t0 + t) * K_STRIDE;
+                            let b = plan.packed.get().add(b);
+                            let v = panel.as_ptr();
+                            if overhangs {
+                                let c = edge.as_mut_ptr();
+                                tile::<L, $nv, $mr>(n_k, v, b, c, panel_width, Into::Set, prefetch);
+                            } else {
+                                let c = plan.y.get().add((t0 + t) * n_cols + col0 + col);
+                                tile::<L, $nv, $mr>(n_k, v, b, c, n_cols, into, prefetch);
+                            }
+                            $mr
+                        }
+                    };
+                }
+                let n = match (L::N, n_tokens - t) {
+                    (16, TILE_TOKENS..) => tiles!(4, 6),
+                    (16, 4..) => tiles!(4, 4),
+                    (16, 2..) => tiles!(4, 2),
+                    (16, _) => tiles!(4, 1),
+                    (_, TILE_TOKENS..) => tiles!(2, 6),
+                    (_, 4..) => tiles!(2, 4),
+                    (_, 2..) => tiles!(2, 2),
+                    _ => tiles!(2, 1),
+                };
+                if overhangs {
+                    for (r, sums) in edge.chunks_exact(panel_width).enumerate().take(n) {
+                        // SAFETY: token t0 + t + r and these columns exist, and are of this chunk alone.
+                        let y = unsafe { plan.y.slice((t0 + t + r) * n_cols + col0 + col, n_tile_cols) };
+                        for (y, sum) in y.iter_mut().zip(sums) {
+                            *y = if into == Into::Set { *sum } else { *y + sum };
+                        }
+                    }
+                }
+                t += n;
+                n_tiles += 1;
+            }
         }
     }
 }

@@ -197,17 +197,7 @@ impl Cpu {
     ) -> Result<(), ShapeError> {
         check("matmul input", n_tokens * w.n_cols, x.len())?;
         check("matmul output", n_tokens * w.n_rows, y.len())?;
-        gemm::matmul(
-            self.isa,
-            self.pool.n_threads(),
-            &|n, f| self.pool.run(n, f),
-            &self.gemm,
-            w,
-            n_tokens,
-            x,
-            y,
-            accumulate,
-        );
+        self.gemm.matmul(self.isa, &self.pool, gemm::Product { w, n_tokens, x, y, accumulate });
         Ok(())
     }
 
@@ -223,17 +213,7 @@ impl Cpu {
     ) -> Result<(), ShapeError> {
         check("matmul_t input", n_tokens * w_t.n_rows, x.len())?;
         check("matmul_t output", n_tokens * w_t.n_cols, y.len())?;
-        gemm::matmul_t(
-            self.isa,
-            self.pool.n_threads(),
-            &|n, f| self.pool.run(n, f),
-            &self.gemm,
-            w_t,
-            n_tokens,
-            x,
-            y,
-            accumulate,
-        );
+        self.gemm.matmul_t(self.isa, &self.pool, gemm::Product { w: w_t, n_tokens, x, y, accumulate });
         Ok(())
     }
 
