@@ -42,6 +42,8 @@ pub(super) trait Lanes {
     unsafe fn scale_exponent(v: Self::V, n: Self::V) -> Self::V;
     /// `dst[i] = sum of the lanes of v[i]` for `N` vectors, all in the same order of addition. `dst` holds `N`.
     unsafe fn sums(v: &[Self::V], dst: *mut f32);
+    /// The sum of the lanes, always in the same order of addition.
+    unsafe fn sum(v: Self::V) -> f32;
     /// `dst[j * dst_stride + i] = src[i * src_stride + j]` for `i, j < N`.
     unsafe fn transpose(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize);
     /// Asks for the cache line of `src`, which may be any address.
@@ -169,6 +171,10 @@ impl Lanes for Portable {
         unsafe { Self::store(dst, [sum(v[0]), sum(v[1]), sum(v[2]), sum(v[3])]) }
     }
     #[inline(always)]
+    unsafe fn sum(v: Self::V) -> f32 {
+        (v[0] + v[2]) + (v[1] + v[3])
+    }
+    #[inline(always)]
     unsafe fn transpose(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
         for i in 0..4 {
             for j in 0..4 {
@@ -268,6 +274,15 @@ mod x86 {
                 let b = fold4_256(v[4], v[5], v[6], v[7]);
                 let (lo, hi) = (_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
                 _mm256_storeu_ps(dst, _mm256_add_ps(lo, hi));
+            }
+        }
+        #[inline(always)]
+        unsafe fn sum(v: Self::V) -> f32 {
+            // SAFETY: the caller promises the instruction set.
+            unsafe {
+                let v = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+                let v = _mm_add_ps(v, _mm_movehl_ps(v, v));
+                _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)))
             }
         }
         #[inline(always)]
@@ -382,6 +397,14 @@ mod x86 {
                 let c = fold4_512(v[8], v[9], v[10], v[11]);
                 let d = fold4_512(v[12], v[13], v[14], v[15]);
                 _mm512_storeu_ps(dst, parts_512(parts_512(a, b), parts_512(c, d)));
+            }
+        }
+        #[inline(always)]
+        unsafe fn sum(v: Self::V) -> f32 {
+            // SAFETY: the caller promises the instruction set, of which AVX2 is a part.
+            unsafe {
+                let hi = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(v)));
+                Avx2::sum(_mm256_add_ps(_mm512_castps512_ps256(v), hi))
             }
         }
         #[inline(always)]

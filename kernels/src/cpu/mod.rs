@@ -1,8 +1,10 @@
 //! The CPU backend: instruction set chosen once, threads that persist, safe operations over checked shapes.
 
+mod decode;
 mod gemm;
 mod lanes;
 mod pool;
+mod signs;
 
 use crate::shape::check;
 use crate::{
@@ -83,14 +85,13 @@ pub struct Cpu {
 /// Buffers of [`Cpu::mlp`], made once per session.
 #[derive(Debug)]
 pub struct MlpScratch {
-    h: Vec<f32>,
+    decode: decode::Scratch,
 }
 
 impl MlpScratch {
     /// For an MLP of `intermediate_size` neurons over `hidden_size` inputs.
     pub fn new(intermediate_size: usize, hidden_size: usize) -> Self {
-        let _ = hidden_size;
-        Self { h: vec![0.0; intermediate_size] }
+        Self { decode: decode::Scratch::new(intermediate_size, hidden_size) }
     }
 }
 
@@ -174,15 +175,12 @@ impl Cpu {
 
     /// Several products with the same `x` in one dispatch (q, k and v; or one alone).
     pub fn matvec(&self, x: &[f32], jobs: &mut [Matvec<'_>]) -> Result<(), ShapeError> {
-        for job in jobs {
+        for job in jobs.iter() {
+            check_matrix(&job.w)?;
             check("matvec input", job.w.n_cols, x.len())?;
             check("matvec output", job.w.n_rows, job.y.len())?;
-            let mut y = vec![0.0; job.y.len()];
-            reference::matvec(&job.w, x, &mut y);
-            for (out, y) in job.y.iter_mut().zip(y) {
-                *out = if job.accumulate { *out + y } else { y };
-            }
         }
+        decode::matvec(self.isa, &self.pool, x, jobs);
         Ok(())
     }
 
@@ -252,10 +250,23 @@ impl Cpu {
         scratch: &mut MlpScratch,
         y: &mut [f32],
     ) -> Result<MlpCounts, ShapeError> {
-        check("mlp input", w.gate.n_cols, x.len())?;
-        let counts = reference::gate_up(w, rows, activation, x, &mut scratch.h);
-        reference::down(&w.down_t, &scratch.h, y);
-        Ok(counts)
+        let (n_rows, n_cols) = (w.gate.n_rows, w.gate.n_cols);
+        for (w, what) in [(&w.gate, "mlp gate"), (&w.up, "mlp up"), (&w.down_t, "mlp down")] {
+            check_matrix(w)?;
+            check(what, n_rows, w.n_rows)?;
+            check(what, n_cols, w.n_cols)?;
+        }
+        check("mlp input", n_cols, x.len())?;
+        check("mlp output", n_cols, y.len())?;
+        let (scratch_rows, scratch_words) = scratch.decode.sizes();
+        check("mlp scratch rows", n_rows, scratch_rows)?;
+        check("mlp scratch words", n_cols.div_ceil(32), scratch_words)?;
+        if let Rows::Predicted { signs, limits } = rows {
+            check("sign rows", n_rows, signs.n_rows)?;
+            check_signs(signs, n_cols)?;
+            check_limits(limits, n_rows)?;
+        }
+        Ok(decode::mlp(self.isa, &self.pool, w, rows, activation, x, &mut scratch.decode, y))
     }
 
     /// `n_neg[token, row]` for a batch, for calibration and tests. Shapes: `x (n_tokens, n_cols)`,
@@ -268,13 +279,34 @@ impl Cpu {
         n_neg: &mut [u32],
     ) -> Result<(), ShapeError> {
         check("n_neg output", n_tokens * signs.n_rows, n_neg.len())?;
-        let mut words = vec![0; signs.n_words];
-        for (x, out) in x.chunks_exact(x.len() / n_tokens).zip(n_neg.chunks_exact_mut(signs.n_rows)) {
-            reference::sign_pack(x, &mut words);
-            for (row, out) in out.iter_mut().enumerate() {
-                *out = reference::n_neg(signs, row, &words);
+        if n_tokens == 0 || signs.n_rows == 0 {
+            return Ok(());
+        }
+        let n_cols = x.len() / n_tokens;
+        check("n_neg input", n_tokens * n_cols, x.len())?;
+        check_signs(signs, n_cols)?;
+        let mut words = vec![0; n_tokens * signs.n_words];
+        if n_cols > 0 {
+            for (x, words) in x.chunks_exact(n_cols).zip(words.chunks_exact_mut(signs.n_words)) {
+                decode::sign_pack(self.isa, x, words);
             }
         }
+        let n_neg = pool::Shared::new(n_neg);
+        let n_row_chunks = signs.n_rows.div_ceil(N_NEG_ROWS);
+        self.pool.run(n_tokens * n_row_chunks, &|chunk| {
+            // Tokens are inside, so that a chunk's sign words stay in cache.
+            let (row, token) = (chunk / n_tokens * N_NEG_ROWS, chunk % n_tokens);
+            let n_rows = N_NEG_ROWS.min(signs.n_rows - row);
+            // SAFETY: each chunk has its own rows of its own token.
+            let out = unsafe { n_neg.slice(token * signs.n_rows + row, n_rows) };
+            let x_words = &words[token * signs.n_words..][..signs.n_words];
+            decode::n_neg(
+                self.isa,
+                &signs.words[row * signs.n_words..][..n_rows * signs.n_words],
+                x_words,
+                out,
+            );
+        });
         Ok(())
     }
 
@@ -286,15 +318,43 @@ impl Cpu {
         x: &[f32],
         skip: &mut [bool],
     ) -> Result<(), ShapeError> {
-        let mut words = vec![0; signs.n_words];
-        reference::sign_pack(x, &mut words);
-        reference::predict(signs, limits, &words, skip);
+        check("skip flags", signs.n_rows, skip.len())?;
+        check_limits(limits, signs.n_rows)?;
+        let mut n_neg = vec![0; signs.n_rows];
+        self.n_neg(signs, 1, x, &mut n_neg)?;
+        for (row, (skip, n_neg)) in skip.iter_mut().zip(n_neg).enumerate() {
+            *skip = n_neg > limits.of(row);
+        }
         Ok(())
     }
 
     /// Plain read bandwidth of all threads over `bytes`, best of `n_passes`, in GB/s (10^9).
     pub fn measure_read_gb_per_s(&self, bytes: &[u8], n_passes: usize) -> f64 {
-        let _ = (bytes, n_passes);
-        0.0
+        let mut best = f64::INFINITY;
+        for _ in 0..n_passes {
+            let start = std::time::Instant::now();
+            decode::read_all(self.isa, &self.pool, bytes);
+            best = best.min(start.elapsed().as_secs_f64());
+        }
+        bytes.len() as f64 / best / 1e9
+    }
+}
+
+/// Rows in a chunk of [`Cpu::n_neg`].
+const N_NEG_ROWS: usize = 512;
+
+fn check_matrix(w: &Matrix<'_>) -> Result<(), ShapeError> {
+    check("matrix elements", w.n_rows * w.n_cols, w.data.len())
+}
+
+fn check_signs(signs: &SignMatrix<'_>, n_cols: usize) -> Result<(), ShapeError> {
+    check("sign words in a row", n_cols.div_ceil(32), signs.n_words)?;
+    check("sign words", signs.n_rows * signs.n_words, signs.words.len())
+}
+
+fn check_limits(limits: &Limits<'_>, n_rows: usize) -> Result<(), ShapeError> {
+    match limits {
+        Limits::Layer(_) => Ok(()),
+        Limits::PerRow(limits) => check("limits", n_rows, limits.len()),
     }
 }

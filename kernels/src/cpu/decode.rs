@@ -1,0 +1,604 @@
+//! Products of one decode step: each weight is used once, so the memory sets the pace.
+//!
+//! Computes   matvec: y[r] (+)= dot(w[r], x)
+//!            mlp:    h[i] = skip(i) ? 0 : act(dot(w_gate[i], x)) * dot(w_up[i], x);  y += sum_i h[i] * w_down_t[i]
+//! Source     SparseInfer, arXiv 2411.12692, sections 3 and 4
+//! Reference  reference::{matvec, gate_up, down}; skip equal bit for bit, sums within their rounding
+//! Shapes     x (n_cols,) f32; weights (n_rows, n_cols) f32, f16 or bf16 row-major; y as the caller says
+//! Needs      lengths as the shapes say; checked in the methods of `Cpu`
+//! Lanes      a dot has ACCS chains of fused multiply-adds over vectors, added as a tree, then the lanes; the same for
+//!            every row, so a result does not depend on the rows that share its block or its chunk
+//! Tail       vectors into the first chain, then one partial vector
+//! Chunks     matvec and gate/up: rows; down: columns, each summed over its rows in ascending order. Chunk sizes may
+//!            depend on the threads, results do not
+//! Bytes      bytes::{matrix, mlp}: an up or down row is read only if its activation is not zero
+
+use super::Isa;
+#[cfg(target_arch = "x86_64")]
+use super::lanes::{Avx2, Avx512};
+use super::lanes::{Element, Lanes, Portable, load_partial};
+use super::pool::{Pool, Shared};
+use super::signs::{self, Signs};
+use crate::{Activation, Elements, Matrix, Matvec, MlpCounts, MlpWeights, Rows};
+
+/// Independent chains of a dot.
+const ACCS: usize = 4;
+/// Weight bytes in a chunk of a matvec: long enough to hide the start of a stream, short enough to share fairly.
+const CHUNK_BYTES: usize = 64 << 10;
+/// Rows of a matvec chunk are a multiple of this.
+const ROW_MULTIPLE: usize = 8;
+/// Neurons in a chunk of gate and up.
+const MLP_ROWS: usize = 64;
+/// Columns of the widest slice of down.
+const SLICE_MAX: usize = 1024;
+/// Columns of the narrowest slice of down.
+const SLICE_MIN: usize = 256;
+/// Rows of down that share one pass over the slice.
+const DOWN_ROWS: usize = 4;
+/// Bytes in a chunk of a plain read.
+const READ_BYTES: usize = 256 << 10;
+/// How far ahead a plain read asks for lines.
+const READ_AHEAD_BYTES: usize = 2048;
+/// Jobs in one dispatch; more go into further ones.
+const JOBS_MAX: usize = 8;
+
+macro_rules! dispatch {
+    ($isa:expr, $entry:ident, $($arg:expr),*) => {
+        match $isa {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `Cpu` has an instruction set only if the processor has it; the rest is the entry's promise.
+            Isa::Avx512 => unsafe { avx512::$entry($($arg),*) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Isa::Avx2 => unsafe { avx2::$entry($($arg),*) },
+            // SAFETY: as above; nothing is asked of the processor.
+            _ => unsafe { portable::$entry($($arg),*) },
+        }
+    };
+}
+
+macro_rules! entries {
+    ($isa:ident, $lanes:ty $(, $feature:literal)?) => {
+        mod $isa {
+            use super::*;
+            /// # Safety
+            /// That of [`super::matvec_chunk`].
+            $(#[target_feature(enable = $feature)])?
+            pub(super) unsafe fn matvec_chunk(task: &Task<'_>, x: &[f32], chunk: usize) {
+                // SAFETY: the caller's promise.
+                unsafe { super::matvec_chunk::<$lanes>(task, x, chunk) }
+            }
+            /// # Safety
+            /// That of [`super::gate_up_chunk`].
+            $(#[target_feature(enable = $feature)])?
+            pub(super) unsafe fn gate_up_chunk(args: &GateUp<'_>, chunk: usize) {
+                // SAFETY: the caller's promise.
+                unsafe { super::gate_up_chunk::<$lanes>(args, chunk) }
+            }
+            /// # Safety
+            /// That of [`super::down_slice`].
+            $(#[target_feature(enable = $feature)])?
+            pub(super) unsafe fn down_slice(args: &Down<'_>, slice: usize) {
+                // SAFETY: the caller's promise.
+                unsafe { super::down_slice::<$lanes>(args, slice) }
+            }
+            /// # Safety
+            /// The processor has the instruction set.
+            $(#[target_feature(enable = $feature)])?
+            pub(super) unsafe fn read(bytes: &[u8]) -> f32 {
+                // SAFETY: the caller's promise.
+                unsafe { super::read::<$lanes>(bytes) }
+            }
+            /// # Safety
+            /// That of [`signs::sign_pack`].
+            $(#[target_feature(enable = $feature)])?
+            pub(super) unsafe fn sign_pack(x: *const f32, n: usize, words: *mut u32) {
+                // SAFETY: the caller's promise.
+                unsafe { signs::sign_pack::<$lanes>(x, n, words) }
+            }
+            /// # Safety
+            /// That of [`Signs::n_neg`].
+            $(#[target_feature(enable = $feature)])?
+            pub(super) unsafe fn n_neg(
+                rows: *const u32,
+                n_rows: usize,
+                n_words: usize,
+                x_words: *const u32,
+                n_neg: *mut u32,
+            ) {
+                // SAFETY: the caller's promise.
+                unsafe { <$lanes as Signs>::n_neg(rows, n_rows, n_words, x_words, n_neg) }
+            }
+        }
+    };
+}
+entries!(portable, Portable);
+#[cfg(target_arch = "x86_64")]
+entries!(avx2, Avx2, "avx2,fma,f16c,popcnt");
+#[cfg(target_arch = "x86_64")]
+entries!(avx512, Avx512, "avx512f,avx512bw,avx512vl,avx512vpopcntdq,avx2,fma,f16c,popcnt");
+
+/// Calls `$body` with `$ptr` as the pointer of the weights' own type.
+macro_rules! with_elements {
+    ($elements:expr, $ptr:ident => $body:expr) => {
+        match $elements {
+            Elements::F32(v) => {
+                let $ptr = v.as_ptr();
+                $body
+            }
+            Elements::F16(v) => {
+                let $ptr = v.as_ptr();
+                $body
+            }
+            Elements::Bf16(v) => {
+                let $ptr = v.as_ptr();
+                $body
+            }
+        }
+    };
+}
+
+/// One job of a matvec, as its chunks see it.
+#[derive(Clone, Copy)]
+struct Task<'a> {
+    w: Matrix<'a>,
+    y: Shared<f32>,
+    accumulate: bool,
+    chunk_rows: usize,
+    n_chunks: usize,
+}
+
+/// `y (+)= W x` of all jobs; their shapes fit.
+pub(super) fn matvec(isa: Isa, pool: &Pool, x: &[f32], jobs: &mut [Matvec<'_>]) {
+    for jobs in jobs.chunks_mut(JOBS_MAX) {
+        let mut tasks: [Option<Task<'_>>; JOBS_MAX] = [None; JOBS_MAX];
+        let mut n_chunks = 0;
+        for (task, job) in tasks.iter_mut().zip(jobs) {
+            let row_bytes = (job.w.n_cols * job.w.data.element_bytes()).max(1);
+            let chunk_rows = (CHUNK_BYTES / row_bytes).next_multiple_of(ROW_MULTIPLE).max(ROW_MULTIPLE);
+            let task = task.insert(Task {
+                w: job.w,
+                y: Shared::new(job.y),
+                accumulate: job.accumulate,
+                chunk_rows,
+                n_chunks: job.w.n_rows.div_ceil(chunk_rows),
+            });
+            n_chunks += task.n_chunks;
+        }
+        pool.run(n_chunks, &|chunk| {
+            let mut chunk = chunk;
+            for task in tasks.iter().flatten() {
+                if chunk < task.n_chunks {
+                    return dispatch!(isa, matvec_chunk, task, x, chunk);
+                }
+                chunk -= task.n_chunks;
+            }
+        });
+    }
+}
+
+/// The rows of `chunk`.
+///
+/// # Safety
+/// Shapes fit, nobody else writes these rows of `y`, the processor has the instruction set of `L`.
+#[inline(always)]
+unsafe fn matvec_chunk<L: Lanes>(task: &Task<'_>, x: &[f32], chunk: usize) {
+    let row0 = chunk * task.chunk_rows;
+    let n_rows = task.chunk_rows.min(task.w.n_rows - row0);
+    // SAFETY: the rows lie in the matrix and in y; the rest is the caller's promise.
+    unsafe {
+        let y = task.y.get().add(row0);
+        let n_cols = task.w.n_cols;
+        with_elements!(task.w.data, w => {
+            let w = w.add(row0 * n_cols);
+            if task.accumulate {
+                dots::<L, _>(w, n_rows, n_cols, x.as_ptr(), |row, dot| *y.add(row) += dot);
+            } else {
+                dots::<L, _>(w, n_rows, n_cols, x.as_ptr(), |row, dot| *y.add(row) = dot);
+            }
+        });
+    }
+}
+
+/// `put(row, dot(w[row], x))` for `n_rows` rows, one after the other in memory.
+///
+/// # Safety
+/// `w (n_rows, n_cols)` and `x (n_cols,)` are readable, the processor has the instruction set of `L`.
+#[inline(always)]
+unsafe fn dots<L: Lanes, T: Element>(
+    w: *const T,
+    n_rows: usize,
+    n_cols: usize,
+    x: *const f32,
+    mut put: impl FnMut(usize, f32),
+) {
+    let mut row = 0;
+    // SAFETY: rows lie below n_rows; prefetched addresses need not be readable.
+    unsafe {
+        while row + 4 <= n_rows {
+            let rows: [*const T; 4] = std::array::from_fn(|r| w.wrapping_add((row + r) * n_cols));
+            let next = rows.map(|w| w.wrapping_add(4 * n_cols));
+            for (r, sum) in dot::<L, T, 4>(rows, n_cols, x, next).into_iter().enumerate() {
+                put(row + r, sum);
+            }
+            row += 4;
+        }
+        while row < n_rows {
+            let w = w.add(row * n_cols);
+            put(row, dot::<L, T, 1>([w], n_cols, x, [w.wrapping_add(n_cols)])[0]);
+            row += 1;
+        }
+    }
+}
+
+/// Dots of `R` rows with `x`; asks for the lines of `next` on the way.
+///
+/// # Safety
+/// `n_cols` elements are readable at each row and at `x`, the processor has the instruction set of `L`.
+#[inline(always)]
+unsafe fn dot<L: Lanes, T: Element, const R: usize>(
+    rows: [*const T; R],
+    n_cols: usize,
+    x: *const f32,
+    next: [*const T; R],
+) -> [f32; R] {
+    // SAFETY: full vectors end at or before n_cols, the partial one stops there.
+    unsafe {
+        let mut accs = [[L::splat(0.0); ACCS]; R];
+        let step = ACCS * L::N;
+        let mut col = 0;
+        while col + step <= n_cols {
+            for next in next {
+                let mut byte = 0;
+                while byte < step * size_of::<T>() {
+                    L::prefetch(next.wrapping_add(col).cast::<u8>().wrapping_add(byte));
+                    byte += 64;
+                }
+            }
+            for a in 0..ACCS {
+                let x = L::load(x.add(col + a * L::N));
+                for r in 0..R {
+                    accs[r][a] = L::mul_add(T::load::<L>(rows[r].add(col + a * L::N)), x, accs[r][a]);
+                }
+            }
+            col += step;
+        }
+        while col < n_cols {
+            let n = L::N.min(n_cols - col);
+            let x = load_partial::<L, f32>(x.add(col), n);
+            for r in 0..R {
+                accs[r][0] = L::mul_add(load_partial::<L, T>(rows[r].add(col), n), x, accs[r][0]);
+            }
+            col += n;
+        }
+        accs.map(|a| L::sum(L::add(L::add(a[0], a[1]), L::add(a[2], a[3]))))
+    }
+}
+
+/// Buffers of [`mlp`].
+#[derive(Debug)]
+pub(super) struct Scratch {
+    /// Rows that down reads, ascending within a chunk and, once gathered, over all; with their `h`.
+    rows: Vec<u32>,
+    h: Vec<f32>,
+    /// Of each chunk.
+    counts: Vec<MlpCounts>,
+    x_words: Vec<u32>,
+}
+
+impl Scratch {
+    pub(super) fn new(intermediate_size: usize, hidden_size: usize) -> Self {
+        Self {
+            rows: vec![0; intermediate_size],
+            h: vec![0.0; intermediate_size],
+            counts: vec![MlpCounts::default(); intermediate_size.div_ceil(MLP_ROWS)],
+            x_words: vec![0; hidden_size.div_ceil(32)],
+        }
+    }
+
+    /// `(intermediate_size, n_words)`.
+    pub(super) fn sizes(&self) -> (usize, usize) {
+        (self.rows.len(), self.x_words.len())
+    }
+}
+
+/// First phase of an MLP, as its chunks see it.
+struct GateUp<'a> {
+    w: MlpWeights<'a>,
+    select: Rows<'a>,
+    activation: Activation,
+    x: &'a [f32],
+    x_words: &'a [u32],
+    rows: Shared<u32>,
+    h: Shared<f32>,
+    counts: Shared<MlpCounts>,
+}
+
+/// Second phase of an MLP, as its slices see it.
+struct Down<'a> {
+    w_t: Matrix<'a>,
+    rows: &'a [u32],
+    h: &'a [f32],
+    y: Shared<f32>,
+    width: usize,
+}
+
+/// One token's MLP; shapes and scratch fit.
+pub(super) fn mlp(
+    isa: Isa,
+    pool: &Pool,
+    w: &MlpWeights<'_>,
+    select: &Rows<'_>,
+    activation: Activation,
+    x: &[f32],
+    scratch: &mut Scratch,
+    y: &mut [f32],
+) -> MlpCounts {
+    let n_rows = w.gate.n_rows;
+    if let Rows::Predicted { .. } = select {
+        sign_pack(isa, x, &mut scratch.x_words);
+    }
+    let args = GateUp {
+        w: *w,
+        select: *select,
+        activation,
+        x,
+        x_words: &scratch.x_words,
+        rows: Shared::new(&mut scratch.rows),
+        h: Shared::new(&mut scratch.h),
+        counts: Shared::new(&mut scratch.counts),
+    };
+    pool.run(n_rows.div_ceil(MLP_ROWS), &|chunk| dispatch!(isa, gate_up_chunk, &args, chunk));
+
+    let dense = matches!(select, Rows::All);
+    let (mut total, mut n_listed) = (MlpCounts::default(), 0);
+    for (chunk, counts) in scratch.counts.iter().enumerate() {
+        let start = chunk * MLP_ROWS;
+        let n = if dense { MLP_ROWS.min(n_rows - start) } else { counts.n_active };
+        scratch.rows.copy_within(start..start + n, n_listed);
+        scratch.h.copy_within(start..start + n, n_listed);
+        n_listed += n;
+        total.n_kept += counts.n_kept;
+        total.n_active += counts.n_active;
+    }
+
+    let n_cols = w.down_t.n_cols;
+    let width = n_cols.div_ceil(2 * pool.n_threads()).next_multiple_of(64).clamp(SLICE_MIN, SLICE_MAX);
+    let args = Down {
+        w_t: w.down_t,
+        rows: &scratch.rows[..n_listed],
+        h: &scratch.h[..n_listed],
+        y: Shared::new(y),
+        width,
+    };
+    if n_listed > 0 {
+        pool.run(n_cols.div_ceil(width), &|slice| dispatch!(isa, down_slice, &args, slice));
+    }
+    total
+}
+
+/// Predicts, computes and lists the neurons of `chunk`.
+///
+/// # Safety
+/// Shapes and scratch fit, nobody else uses this chunk's part of the scratch, the processor has the instruction set
+/// of `L`.
+#[inline(always)]
+unsafe fn gate_up_chunk<L: Signs>(args: &GateUp<'_>, chunk: usize) {
+    let row0 = chunk * MLP_ROWS;
+    let n_rows = MLP_ROWS.min(args.w.gate.n_rows - row0);
+    let n_cols = args.w.gate.n_cols;
+    let x = args.x.as_ptr();
+    // SAFETY: this chunk's part of the scratch; rows lie in the matrices.
+    unsafe {
+        let rows = args.rows.slice(row0, n_rows);
+        let h = args.h.slice(row0, n_rows);
+        let counts = &mut args.counts.slice(chunk, 1)[0];
+        match args.select {
+            Rows::All => {
+                let mut n_active = 0;
+                with_elements!(args.w.gate.data, w => {
+                    dots::<L, _>(w.add(row0 * n_cols), n_rows, n_cols, x, |row, dot| {
+                        rows[row] = (row0 + row) as u32;
+                        h[row] = args.activation.apply(dot);
+                        n_active += usize::from(h[row] != 0.0);
+                    });
+                });
+                with_elements!(args.w.up.data, w => {
+                    dots::<L, _>(w.add(row0 * n_cols), n_rows, n_cols, x, |row, dot| h[row] *= dot);
+                });
+                *counts = MlpCounts { n_kept: n_rows, n_active };
+                return;
+            }
+            Rows::Active => {
+                let mut n_active = 0;
+                with_elements!(args.w.gate.data, w => {
+                    dots::<L, _>(w.add(row0 * n_cols), n_rows, n_cols, x, |row, dot| {
+                        let gate = args.activation.apply(dot);
+                        if gate != 0.0 {
+                            rows[n_active] = (row0 + row) as u32;
+                            h[n_active] = gate;
+                            n_active += 1;
+                        }
+                    });
+                });
+                *counts = MlpCounts { n_kept: n_rows, n_active };
+            }
+            Rows::Predicted { signs, limits } => {
+                let mut n_kept = 0;
+                let mut row = 0;
+                while row < n_rows {
+                    let n_group = signs::GROUP.min(n_rows - row);
+                    let mut n_neg = [0; signs::GROUP];
+                    let words = signs.words.as_ptr().add((row0 + row) * signs.n_words);
+                    L::n_neg(words, n_group, signs.n_words, args.x_words.as_ptr(), n_neg.as_mut_ptr());
+                    for (r, n_neg) in n_neg.iter().enumerate().take(n_group) {
+                        // The place is written either way: a branch here would be taken at random.
+                        rows[n_kept] = (row0 + row + r) as u32;
+                        n_kept += usize::from(*n_neg <= limits.of(row0 + row + r));
+                    }
+                    row += n_group;
+                }
+                let mut n_active = 0;
+                with_elements!(args.w.gate.data, w => {
+                    for i in 0..n_kept {
+                        let row = rows[i];
+                        let next = rows[(i + 1).min(n_kept - 1)] as usize;
+                        let dot = dot::<L, _, 1>(
+                            [w.add(row as usize * n_cols)], n_cols, x, [w.add(next * n_cols)]);
+                        let gate = args.activation.apply(dot[0]);
+                        if gate != 0.0 {
+                            rows[n_active] = row;
+                            h[n_active] = gate;
+                            n_active += 1;
+                        }
+                    }
+                });
+                *counts = MlpCounts { n_kept, n_active };
+            }
+        }
+        with_elements!(args.w.up.data, w => {
+            for i in 0..counts.n_active {
+                let next = rows[(i + 1).min(counts.n_active - 1)] as usize;
+                let dot = dot::<L, _, 1>(
+                    [w.add(rows[i] as usize * n_cols)], n_cols, x, [w.add(next * n_cols)]);
+                h[i] *= dot[0];
+            }
+        });
+    }
+}
+
+/// `y[cols] += sum_i h[i] * w_t[rows[i]][cols]` for the columns of `slice`.
+///
+/// # Safety
+/// Shapes fit, `rows` lie in the matrix, nobody else uses these columns of `y`, the processor has the instruction
+/// set of `L`.
+#[inline(always)]
+unsafe fn down_slice<L: Lanes>(args: &Down<'_>, slice: usize) {
+    let n_cols = args.w_t.n_cols;
+    let col0 = slice * args.width;
+    let width = args.width.min(n_cols - col0);
+    let mut acc = [0.0f32; SLICE_MAX];
+    // SAFETY: the columns lie in the rows, in `acc` (which holds whole vectors up to SLICE_MAX) and in y.
+    unsafe {
+        with_elements!(args.w_t.data, w => {
+            let w = w.add(col0);
+            let mut i = 0;
+            while i + DOWN_ROWS <= args.rows.len() {
+                let row = |i: usize| w.wrapping_add(args.rows[i.min(args.rows.len() - 1)] as usize * n_cols);
+                let rows: [_; DOWN_ROWS] = std::array::from_fn(|r| row(i + r));
+                let next: [_; DOWN_ROWS] = std::array::from_fn(|r| row(i + DOWN_ROWS + r));
+                let h: [_; DOWN_ROWS] = std::array::from_fn(|r| args.h[i + r]);
+                add_rows::<L, _, DOWN_ROWS>(rows, h, width, acc.as_mut_ptr(), next);
+                i += DOWN_ROWS;
+            }
+            while i < args.rows.len() {
+                let row = w.add(args.rows[i] as usize * n_cols);
+                add_rows::<L, _, 1>([row], [args.h[i]], width, acc.as_mut_ptr(), [row]);
+                i += 1;
+            }
+        });
+        let y = args.y.slice(col0, width);
+        for (y, acc) in y.iter_mut().zip(&acc) {
+            *y += acc;
+        }
+    }
+}
+
+/// `acc += h[0] * rows[0]`, then `h[1] * rows[1]`, and so on; asks for the lines of `next` on the way.
+///
+/// # Safety
+/// `width` elements are readable at each row; `acc` holds `width` rounded up to whole vectors; the processor has the
+/// instruction set of `L`.
+#[inline(always)]
+unsafe fn add_rows<L: Lanes, T: Element, const R: usize>(
+    rows: [*const T; R],
+    h: [f32; R],
+    width: usize,
+    acc: *mut f32,
+    next: [*const T; R],
+) {
+    // SAFETY: full vectors end at or before `width`, the partial one stops there.
+    unsafe {
+        let h = h.map(|h| L::splat(h));
+        let line = 64 / size_of::<T>();
+        let mut col = 0;
+        while col + line <= width {
+            for next in next {
+                L::prefetch(next.wrapping_add(col).cast());
+            }
+            let mut v = 0;
+            while v < line {
+                let acc = acc.add(col + v);
+                let mut sum = L::load(acc);
+                for r in 0..R {
+                    sum = L::mul_add(T::load::<L>(rows[r].add(col + v)), h[r], sum);
+                }
+                L::store(acc, sum);
+                v += L::N;
+            }
+            col += line;
+        }
+        while col < width {
+            let n = L::N.min(width - col);
+            let acc = acc.add(col);
+            let mut sum = L::load(acc);
+            for r in 0..R {
+                sum = L::mul_add(load_partial::<L, T>(rows[r].add(col), n), h[r], sum);
+            }
+            L::store(acc, sum);
+            col += n;
+        }
+    }
+}
+
+/// Sign words of `x`; `words` holds `x.len().div_ceil(32)`.
+pub(super) fn sign_pack(isa: Isa, x: &[f32], words: &mut [u32]) {
+    assert!(words.len() >= x.len().div_ceil(32));
+    dispatch!(isa, sign_pack, x.as_ptr(), x.len(), words.as_mut_ptr());
+}
+
+/// `n_neg[r]` of the rows of `words (n_rows, n_words)`.
+pub(super) fn n_neg(isa: Isa, words: &[u32], x_words: &[u32], n_neg: &mut [u32]) {
+    let n_words = x_words.len();
+    assert_eq!(words.len(), n_neg.len() * n_words);
+    for (group, n_neg) in n_neg.chunks_mut(signs::GROUP).enumerate() {
+        let rows = words[group * signs::GROUP * n_words..].as_ptr();
+        dispatch!(isa, n_neg, rows, n_neg.len(), n_words, x_words.as_ptr(), n_neg.as_mut_ptr());
+    }
+}
+
+/// Reads all of `bytes` on all threads.
+pub(super) fn read_all(isa: Isa, pool: &Pool, bytes: &[u8]) {
+    pool.run(bytes.len().div_ceil(READ_BYTES), &|chunk| {
+        let start = chunk * READ_BYTES;
+        let chunk = &bytes[start..bytes.len().min(start + READ_BYTES)];
+        std::hint::black_box(dispatch!(isa, read, chunk));
+    });
+}
+
+/// Something that needs all of `bytes`, but for less than a vector at the end.
+///
+/// # Safety
+/// The processor has the instruction set of `L`.
+#[inline(always)]
+unsafe fn read<L: Lanes>(bytes: &[u8]) -> f32 {
+    const CHAINS: usize = 8;
+    // SAFETY: every vector ends at or before the last byte; its lanes are any bits, and a maximum is slow for none.
+    unsafe {
+        let values = bytes.as_ptr().cast::<f32>();
+        let mut maxima = [L::splat(0.0); CHAINS];
+        let mut i = 0;
+        while (i + CHAINS * L::N) * size_of::<f32>() <= bytes.len() {
+            for (c, max) in maxima.iter_mut().enumerate() {
+                L::prefetch(values.wrapping_add(i + c * L::N).cast::<u8>().wrapping_add(READ_AHEAD_BYTES));
+                *max = L::max(*max, L::load(values.add(i + c * L::N)));
+            }
+            i += CHAINS * L::N;
+        }
+        while (i + L::N) * size_of::<f32>() <= bytes.len() {
+            maxima[0] = L::max(maxima[0], L::load(values.add(i)));
+            i += L::N;
+        }
+        L::sum(maxima.into_iter().fold(L::splat(0.0), |a, b| L::add(a, b)))
+    }
+}

@@ -1,0 +1,312 @@
+//! Every instruction set of this processor against `reference`, and against itself with other thread counts.
+//!
+//! Skip decisions, counts of signs and of rows compare exactly. A float may differ by `TOLERANCE` times the sum of the
+//! magnitudes of its terms: the reference adds in f64, a backend in f32 chains of at most a few thousand terms, each
+//! of which rounds by 2^-24 of a partial sum that is no larger than that. NaN is refused.
+
+use half::{bf16, f16};
+use kernels::{
+    Activation, Cpu, Elements, Isa, Limits, Matrix, Matvec, MlpCounts, MlpScratch, MlpWeights, Rows,
+    SignMatrix, reference,
+};
+use proptest::prelude::*;
+use std::sync::LazyLock;
+
+const TOLERANCE: f64 = 4e-6;
+
+/// One `Cpu` for each instruction set and number of threads.
+static CPUS: LazyLock<Vec<Vec<Cpu>>> = LazyLock::new(|| {
+    Isa::ALL
+        .into_iter()
+        .filter(|&isa| isa <= Isa::detect())
+        .map(|isa| [1, 2, 3, 8].map(|n_threads| Cpu::with_isa(n_threads, isa)).into())
+        .collect()
+});
+
+/// Runs `op` on every backend: its result has to be the same for each number of threads, and within `slack` of `want`.
+fn on_each_backend(want: &[f64], slack: &[f64], op: impl Fn(&Cpu) -> Vec<f32>) {
+    for cpus in CPUS.iter() {
+        let got = op(&cpus[0]);
+        let name = cpus[0].isa();
+        assert_eq!(got.len(), want.len());
+        for (i, ((&got, want), slack)) in got.iter().zip(want).zip(slack).enumerate() {
+            let error = (f64::from(got) - want).abs();
+            assert!(
+                error <= slack * TOLERANCE + 1e-30,
+                "{name}: [{i}] is {got}, not {want}: off by {error:e}"
+            );
+        }
+        for cpu in &cpus[1..] {
+            let other = op(cpu);
+            let same = got.iter().zip(&other).all(|(a, b)| a.to_bits() == b.to_bits());
+            assert!(same, "{name}: {} threads change the result", cpu.n_threads());
+        }
+    }
+}
+
+/// Seeded values; every fifth is special.
+struct Random(u64);
+
+impl Random {
+    fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 20) % n
+    }
+
+    fn value(&mut self) -> f32 {
+        match self.below(20) {
+            0 => 0.0,
+            1 => -0.0,
+            2 => 3.0,
+            3 => -1e-7,
+            _ => self.below(1 << 20) as f32 / (1 << 19) as f32 - 1.0,
+        }
+    }
+
+    fn values(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.value()).collect()
+    }
+}
+
+/// Owned weights of one of the three types.
+#[derive(Debug)]
+enum Weights {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    Bf16(Vec<bf16>),
+}
+
+impl Weights {
+    fn new(kind: usize, values: &[f32]) -> Self {
+        match kind {
+            0 => Self::F32(values.to_vec()),
+            1 => Self::F16(values.iter().map(|&v| f16::from_f32(v)).collect()),
+            _ => Self::Bf16(values.iter().map(|&v| bf16::from_f32(v)).collect()),
+        }
+    }
+
+    fn elements(&self) -> Elements<'_> {
+        match self {
+            Self::F32(v) => Elements::F32(v),
+            Self::F16(v) => Elements::F16(v),
+            Self::Bf16(v) => Elements::Bf16(v),
+        }
+    }
+
+    fn matrix(&self, n_rows: usize, n_cols: usize) -> Matrix<'_> {
+        Matrix::new(self.elements(), n_rows, n_cols).unwrap()
+    }
+}
+
+/// `sum |w x|` of a row, the scale of its rounding.
+fn magnitude(w: &Matrix<'_>, row: usize, x: &[f32]) -> f64 {
+    (0..w.n_cols).map(|c| f64::from(w.data.get(row * w.n_cols + c) * x[c]).abs()).sum()
+}
+
+/// Sign words of the rows of `w`.
+fn sign_words(w: &Matrix<'_>) -> Vec<u32> {
+    let n_words = w.n_cols.div_ceil(32);
+    let mut words = vec![0; w.n_rows * n_words];
+    for row in 0..w.n_rows {
+        let values: Vec<f32> = (0..w.n_cols).map(|c| w.data.get(row * w.n_cols + c)).collect();
+        reference::sign_pack(&values, &mut words[row * n_words..][..n_words]);
+    }
+    words
+}
+
+/// Widths on both sides of the vectors, the sign words and the groups of them.
+fn any_width() -> impl Strategy<Value = usize> {
+    prop_oneof![1..70usize, 500..530usize, 1020..1030usize, Just(64), Just(2048), 2040..2090usize]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    #[test]
+    fn matvec_is_the_reference(
+        n_cols in any_width(), n_rows in 1..150usize, kind in 0..3usize, n_jobs in 1..11usize, seed: u64,
+    ) {
+        let mut random = Random::new(seed);
+        let x = random.values(n_cols);
+        let jobs: Vec<_> = (0..n_jobs)
+            .map(|job| {
+                // Jobs differ in height and type.
+                let n_rows = (n_rows + 7 * job) % 150 + 1;
+                (n_rows, Weights::new((kind + job) % 3, &random.values(n_rows * n_cols)), job % 2 == 1)
+            })
+            .collect();
+        let (mut want, mut slack) = (Vec::new(), Vec::new());
+        for (n_rows, weights, accumulate) in &jobs {
+            let w = weights.matrix(*n_rows, n_cols);
+            for row in 0..*n_rows {
+                let old = if *accumulate { 0.75 } else { 0.0 };
+                want.push(old + reference::dot(&w, row, &x));
+                slack.push(old + magnitude(&w, row, &x));
+            }
+        }
+        on_each_backend(&want, &slack, |cpu| {
+            let mut y: Vec<Vec<f32>> = jobs
+                .iter()
+                .map(|(n_rows, _, accumulate)| vec![if *accumulate { 0.75 } else { f32::NAN }; *n_rows])
+                .collect();
+            let mut calls: Vec<_> = jobs
+                .iter()
+                .zip(&mut y)
+                .map(|((n_rows, weights, accumulate), y)| Matvec {
+                    w: weights.matrix(*n_rows, n_cols), y, accumulate: *accumulate,
+                })
+                .collect();
+            cpu.matvec(&x, &mut calls).unwrap();
+            y.concat()
+        });
+    }
+
+    #[test]
+    fn mlp_is_the_reference(
+        n_cols in any_width(), n_rows in 1..300usize, kind in 0..3usize, select in 0..5usize,
+        activation in 0..3usize, seed: u64,
+    ) {
+        let mut random = Random::new(seed);
+        let x = random.values(n_cols);
+        let weights: Vec<_> =
+            (0..3).map(|m| Weights::new((kind + m) % 3, &random.values(n_rows * n_cols))).collect();
+        let [gate, up, down_t] = [0, 1, 2].map(|m| weights[m].matrix(n_rows, n_cols));
+        let w = MlpWeights { gate, up, down_t };
+        let words = sign_words(&gate);
+        let signs = SignMatrix { words: &words, n_rows, n_words: n_cols.div_ceil(32) };
+        let per_row: Vec<u32> = (0..n_rows).map(|_| random.below(n_cols as u64 + 1) as u32).collect();
+        let rows = match select {
+            0 => Rows::All,
+            1 => Rows::Active,
+            2 => Rows::Predicted { signs, limits: Limits::Layer(n_cols as u32 / 2) },
+            3 => Rows::Predicted { signs, limits: Limits::PerRow(&per_row) },
+            _ => Rows::Predicted { signs, limits: Limits::Layer(n_cols as u32) },
+        };
+        let activation = [Activation::Relu, Activation::FatRelu(0.3), Activation::Silu][activation];
+
+        // A gate at the edge of its activation may round to either side of it: such rows are turned away from it.
+        let edge = if let Activation::FatRelu(threshold) = activation { f64::from(threshold) } else { 0.0 };
+        let mut h = vec![0.0; n_rows];
+        let counts = reference::gate_up(&w, &rows, activation, &x, &mut h);
+        for row in 0..n_rows {
+            let distance = (reference::dot(&gate, row, &x) - edge).abs();
+            prop_assume!(distance == 0.0 && magnitude(&gate, row, &x) == 0.0
+                || distance > 2.0 * TOLERANCE * magnitude(&gate, row, &x));
+        }
+        let (mut want, mut slack) = (vec![0.5; n_cols], vec![0.5; n_cols]);
+        for row in 0..n_rows {
+            if h[row] == 0.0 {
+                continue;
+            }
+            let gate_terms = magnitude(&gate, row, &x);
+            let up_terms = magnitude(&up, row, &x);
+            let bound = (gate_terms * up_terms).max(f64::from(h[row]).abs());
+            for col in 0..n_cols {
+                let down = f64::from(down_t.data.get(row * n_cols + col));
+                want[col] += f64::from(h[row]) * down;
+                slack[col] += 3.0 * bound * down.abs();
+            }
+        }
+        on_each_backend(&want, &slack, |cpu| {
+            let mut scratch = MlpScratch::new(n_rows, n_cols);
+            let mut y = vec![0.5; n_cols];
+            let found = cpu.mlp(&w, &rows, activation, &x, &mut scratch, &mut y).unwrap();
+            assert_eq!(found, counts, "{}", cpu.isa());
+            // The buffers keep nothing from one call to the next.
+            let mut again = vec![0.5; n_cols];
+            cpu.mlp(&w, &rows, activation, &x, &mut scratch, &mut again).unwrap();
+            assert_eq!(y, again);
+            y
+        });
+    }
+
+    #[test]
+    fn signs_are_the_reference_bit_for_bit(
+        n_cols in any_width(), n_rows in 1..600usize, n_tokens in 1..4usize, seed: u64,
+    ) {
+        let mut random = Random::new(seed);
+        let weights = Weights::new(1, &random.values(n_rows * n_cols));
+        let w = weights.matrix(n_rows, n_cols);
+        let words = sign_words(&w);
+        let signs = SignMatrix { words: &words, n_rows, n_words: n_cols.div_ceil(32) };
+        let mut x = random.values(n_tokens * n_cols);
+        for i in 0..x.len() {
+            if random.below(10) == 0 {
+                x[i] = [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -1e-45][random.below(5) as usize];
+            }
+        }
+        let limits: Vec<u32> = (0..n_rows).map(|_| random.below(n_cols as u64 + 1) as u32).collect();
+        let (mut want, mut want_skip) = (Vec::new(), vec![false; n_rows]);
+        let mut x_words = vec![0; signs.n_words];
+        for x in x.chunks_exact(n_cols) {
+            reference::sign_pack(x, &mut x_words);
+            want.extend((0..n_rows).map(|row| reference::n_neg(&signs, row, &x_words)));
+        }
+        reference::sign_pack(&x[..n_cols], &mut x_words);
+        reference::predict(&signs, &Limits::PerRow(&limits), &x_words, &mut want_skip);
+        for cpu in CPUS.iter().flatten() {
+            let mut n_neg = vec![u32::MAX; n_tokens * n_rows];
+            cpu.n_neg(&signs, n_tokens, &x, &mut n_neg).unwrap();
+            prop_assert_eq!(&n_neg, &want);
+            let mut skip = want_skip.iter().map(|skip| !skip).collect::<Vec<_>>();
+            cpu.predict(&signs, &Limits::PerRow(&limits), &x[..n_cols], &mut skip).unwrap();
+            prop_assert_eq!(&skip, &want_skip);
+        }
+    }
+}
+
+#[test]
+fn an_mlp_that_skips_every_row_reads_none_and_leaves_y() {
+    let mut random = Random::new(5);
+    // Rows that are not read may hold anything.
+    let poison = Weights::F32(vec![f32::NAN; 90 * 33]);
+    let w =
+        MlpWeights { gate: poison.matrix(90, 33), up: poison.matrix(90, 33), down_t: poison.matrix(90, 33) };
+    let words: Vec<u32> = [u32::MAX, 1].repeat(90);
+    let signs = SignMatrix { words: &words, n_rows: 90, n_words: 2 };
+    let x: Vec<f32> = random.values(33).iter().map(|v| v.abs()).collect();
+    let rows = Rows::Predicted { signs, limits: Limits::Layer(32) };
+    for cpu in CPUS.iter().flatten() {
+        let mut y = vec![-0.0; 33];
+        let counts = cpu.mlp(&w, &rows, Activation::Relu, &x, &mut MlpScratch::new(90, 33), &mut y).unwrap();
+        assert_eq!(counts, MlpCounts::default());
+        assert!(y.iter().all(|y| y.to_bits() == (-0.0f32).to_bits()));
+    }
+}
+
+#[test]
+fn lengths_that_do_not_fit_are_errors() {
+    let cpu = Cpu::with_isa(2, Isa::Portable);
+    let data = [0.0f32; 12];
+    let w = Matrix { data: Elements::F32(&data), n_rows: 4, n_cols: 3 };
+    let short = Matrix { data: Elements::F32(&data[..11]), ..w };
+    let mut y = [0.0; 4];
+    let error = |r: Result<(), kernels::ShapeError>| r.unwrap_err().to_string();
+    let matvec = |w, x: &[f32], y: &mut [f32]| cpu.matvec(x, &mut [Matvec { w, y, accumulate: false }]);
+    assert_eq!(error(matvec(w, &[0.0; 2], &mut y)), "matvec input: expected 3, found 2");
+    assert_eq!(error(matvec(w, &[0.0; 3], &mut y[..3])), "matvec output: expected 4, found 3");
+    assert_eq!(error(matvec(short, &[0.0; 3], &mut y)), "matrix elements: expected 12, found 11");
+    let mlp = |w, rows, n_scratch, y: &mut [f32]| {
+        cpu.mlp(&w, &rows, Activation::Relu, &[0.0; 3], &mut MlpScratch::new(n_scratch, 3), y).map(|_| ())
+    };
+    let weights = MlpWeights { gate: w, up: w, down_t: w };
+    let mut y = [0.0; 3];
+    assert_eq!(
+        error(mlp(MlpWeights { up: short, ..weights }, Rows::All, 4, &mut y)),
+        "matrix elements: expected 12, found 11"
+    );
+    assert_eq!(error(mlp(weights, Rows::All, 5, &mut y)), "mlp scratch rows: expected 4, found 5");
+    assert_eq!(error(mlp(weights, Rows::All, 4, &mut [0.0; 2])), "mlp output: expected 3, found 2");
+    let signs = SignMatrix { words: &[0; 3], n_rows: 4, n_words: 1 };
+    let rows = Rows::Predicted { signs, limits: Limits::Layer(1) };
+    assert_eq!(error(mlp(weights, rows, 4, &mut y)), "sign words: expected 4, found 3");
+    let signs = SignMatrix { words: &[0; 4], ..signs };
+    let rows = Rows::Predicted { signs, limits: Limits::PerRow(&[1; 3]) };
+    assert_eq!(error(mlp(weights, rows, 4, &mut y)), "limits: expected 4, found 3");
+}
