@@ -6,7 +6,6 @@
 //!     for each block of K_BLOCK summed elements, ascending:
 //!         convert the weights of the block to f32, into a buffer that stays in cache
 //!         for each tile of outputs, kept in registers: add the block's products, asking meanwhile for later weights
-//! ```
 //!
 //! Computes   matmul: y[t, r] (+)= dot(w[r], x[t]);  matmul_t: y[t, c] (+)= sum_r x[t, r] * w_t[r, c]
 //! Source     blocks and tiles after Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication"
@@ -19,6 +18,7 @@
 //!            ascending order (matmul_t: to y, matmul: to each other and then to y). Nothing of it depends on the other
 //!            tokens, on the chunk or on the threads, and AVX2 and AVX-512 agree bit for bit
 //! Bytes      bytes::matrix for each block of TOKENS_MAX tokens
+//! ```
 
 use super::Isa;
 #[cfg(target_arch = "x86_64")]
