@@ -6,8 +6,8 @@
 
 use half::{bf16, f16};
 use kernels::{
-    Activation, Cpu, Elements, Isa, Limits, Matrix, Matvec, MlpCounts, MlpScratch, MlpWeights, Rows,
-    SignMatrix, reference,
+    Activation, AttentionScratch, AttentionShape, Cpu, Elements, Isa, Limits, Matrix, Matvec, MlpCounts,
+    MlpScratch, MlpWeights, Rows, SignMatrix, reference,
 };
 use proptest::prelude::*;
 use std::sync::LazyLock;
@@ -259,6 +259,125 @@ proptest! {
             prop_assert_eq!(&skip, &want_skip);
         }
     }
+}
+
+/// A cache whose positions past `n_positions` are poison, and queries for all of them.
+fn cache(
+    shape: &AttentionShape,
+    n_positions: usize,
+    kind: usize,
+    random: &mut Random,
+) -> (Weights, Weights, Vec<f32>) {
+    let [k, v] = [0, 1].map(|_| {
+        let mut values = random.values(shape.n_kv_heads * shape.n_positions_max * shape.head_dim);
+        for head in values.chunks_exact_mut(shape.n_positions_max * shape.head_dim) {
+            head[n_positions * shape.head_dim..].fill(f32::NAN);
+        }
+        Weights::new(kind, &values)
+    });
+    let q = random.values(n_positions * shape.n_heads * shape.head_dim).iter().map(|q| 4.0 * q).collect();
+    (k, v, q)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    #[test]
+    fn attention_is_the_reference_for_one_token_and_for_many(
+        head_dim in prop_oneof![1..20usize, Just(64), 60..70usize, Just(128), 120..150usize],
+        n_kv_heads in 1..4usize, group in 1..7usize, kind in 0..3usize,
+        n_positions in prop_oneof![1..40usize, 250..262usize, 500..530usize], n_tokens in 1..24usize, seed: u64,
+    ) {
+        let mut random = Random::new(seed);
+        let n_tokens = n_tokens.min(n_positions);
+        let first = n_positions - n_tokens;
+        let n_positions_max = n_positions + random.below(9) as usize;
+        let shape = AttentionShape { n_heads: n_kv_heads * group, n_kv_heads, head_dim, n_positions_max };
+        let width = shape.n_heads * head_dim;
+        let (k, v, q) = cache(&shape, n_positions, kind, &mut random);
+        let q = &q[..n_tokens * width];
+        let mut want = vec![0.0; n_tokens * width];
+        for (token, (q, want)) in q.chunks_exact(width).zip(want.chunks_exact_mut(width)).enumerate() {
+            reference::attention(&shape, q, k.elements(), v.elements(), first + token + 1, want);
+        }
+        let want: Vec<f64> = want.into_iter().map(f64::from).collect();
+        // Values are at most 3, scores mostly below 10: an error of a score is one of its weight.
+        let slack = vec![3.0 * 10.0; want.len()];
+        on_each_backend(&want, &slack, |cpu| {
+            let mut scratch = AttentionScratch::new(&shape, cpu.n_threads());
+            let mut out = vec![f32::NAN; n_tokens * width];
+            cpu.attention(&shape, n_tokens, first, q, k.elements(), v.elements(), &mut scratch, &mut out).unwrap();
+            // A token's result does not depend on its company.
+            let mut alone = vec![f32::NAN; width];
+            for token in [0, n_tokens / 2, n_tokens - 1] {
+                let q = &q[token * width..][..width];
+                cpu.attention(&shape, 1, first + token, q, k.elements(), v.elements(), &mut scratch, &mut alone)
+                    .unwrap();
+                assert_eq!(&alone, &out[token * width..][..width], "{}: token {token}", cpu.isa());
+            }
+            out
+        });
+    }
+
+    #[test]
+    fn vectors_are_the_reference(
+        n_tokens in 1..20usize, n_heads in 1..4usize, half in 1..70usize, kind in 0..3usize, seed: u64,
+    ) {
+        let mut random = Random::new(seed);
+        let (head_dim, width) = (2 * half, 2 * half * n_heads);
+        let x = random.values(n_tokens * width);
+        let weight = random.values(width);
+        let mut want = vec![0.0; x.len()];
+        for (x, want) in x.chunks_exact(width).zip(want.chunks_exact_mut(width)) {
+            reference::rmsnorm(x, &weight, 1e-5, want);
+        }
+        let want: Vec<f64> = want.into_iter().map(f64::from).collect();
+        let slack: Vec<f64> = want.iter().map(|want| want.abs()).collect();
+        on_each_backend(&want, &slack, |cpu| {
+            let mut out = vec![f32::NAN; x.len()];
+            cpu.rmsnorm(&x, &weight, 1e-5, &mut out).unwrap();
+            out
+        });
+
+        let (cos, sin) = (random.values(n_tokens * half), random.values(n_tokens * half));
+        let mut want = x.clone();
+        for (token, heads) in want.chunks_exact_mut(width).enumerate() {
+            reference::rope(heads, head_dim, &cos[token * half..][..half], &sin[token * half..][..half]);
+        }
+        let want: Vec<f64> = want.into_iter().map(f64::from).collect();
+        on_each_backend(&want, &vec![6.0; want.len()], |cpu| {
+            let mut heads = x.clone();
+            cpu.rope(&mut heads, n_heads, head_dim, &cos, &sin).unwrap();
+            heads
+        });
+
+        let weights = Weights::new(kind, &x);
+        let want: Vec<f64> = (0..width).map(|c| weights.elements().get((n_tokens - 1) * width + c).into()).collect();
+        on_each_backend(&want, &vec![0.0; width], |cpu| {
+            let mut out = vec![f32::NAN; width];
+            cpu.row(&weights.matrix(n_tokens, width), n_tokens - 1, &mut out).unwrap();
+            out
+        });
+    }
+}
+
+#[test]
+fn attention_refuses_what_lies_outside_the_cache() {
+    let cpu = Cpu::with_isa(1, Isa::Portable);
+    let shape = AttentionShape { n_heads: 4, n_kv_heads: 2, head_dim: 2, n_positions_max: 5 };
+    let mut scratch = AttentionScratch::new(&shape, 1);
+    let cache = [0.0; 20];
+    let mut call = |shape: AttentionShape, n_tokens, first, n_q: usize, n_keys: usize| {
+        let (k, v) = (Elements::F32(&cache[..n_keys]), Elements::F32(&cache));
+        let error =
+            cpu.attention(&shape, n_tokens, first, &[0.0; 32][..n_q], k, v, &mut scratch, &mut [0.0; 16]);
+        error.unwrap_err().to_string()
+    };
+    assert_eq!(call(shape, 2, 0, 17, 20), "attention queries: expected 16, found 17");
+    assert_eq!(call(shape, 2, 0, 16, 19), "attention keys: expected 20, found 19");
+    assert_eq!(call(shape, 2, 4, 16, 20), "attention positions: expected 5, found 6");
+    let larger = AttentionShape { n_heads: 8, n_kv_heads: 2, head_dim: 2, n_positions_max: 5 };
+    assert_eq!(call(larger, 1, 0, 16, 20), "attention scratch: expected 8, found 4");
 }
 
 #[test]

@@ -19,7 +19,7 @@ use super::lanes::{Avx2, Avx512};
 use super::lanes::{Element, Lanes, Portable, load_partial};
 use super::pool::{Pool, Shared};
 use super::signs::{self, Signs};
-use crate::{Activation, Elements, Matrix, Matvec, MlpCounts, MlpWeights, Rows};
+use crate::{Activation, Matrix, Matvec, MlpCounts, MlpWeights, Rows};
 
 /// Independent chains of a dot.
 const ACCS: usize = 4;
@@ -122,21 +122,23 @@ entries!(avx512, Avx512, "avx512f,avx512bw,avx512vl,avx512vpopcntdq,avx2,fma,f16
 macro_rules! with_elements {
     ($elements:expr, $ptr:ident => $body:expr) => {
         match $elements {
-            Elements::F32(v) => {
+            $crate::Elements::F32(v) => {
                 let $ptr = v.as_ptr();
                 $body
             }
-            Elements::F16(v) => {
+            $crate::Elements::F16(v) => {
                 let $ptr = v.as_ptr();
                 $body
             }
-            Elements::Bf16(v) => {
+            $crate::Elements::Bf16(v) => {
                 let $ptr = v.as_ptr();
                 $body
             }
         }
     };
 }
+
+pub(super) use {dispatch, with_elements};
 
 /// One job of a matvec, as its chunks see it.
 #[derive(Clone, Copy)]
@@ -271,7 +273,11 @@ unsafe fn dot<L: Lanes, T: Element, const R: usize>(
             }
             col += n;
         }
-        accs.map(|a| L::sum(L::add(L::add(a[0], a[1]), L::add(a[2], a[3]))))
+        let mut sums = [0.0; R];
+        for r in 0..R {
+            sums[r] = L::sum(L::add(L::add(accs[r][0], accs[r][1]), L::add(accs[r][2], accs[r][3])));
+        }
+        sums
     }
 }
 
@@ -519,7 +525,10 @@ unsafe fn add_rows<L: Lanes, T: Element, const R: usize>(
 ) {
     // SAFETY: full vectors end at or before `width`, the partial one stops there.
     unsafe {
-        let h = h.map(|h| L::splat(h));
+        let mut factors = [L::splat(0.0); R];
+        for r in 0..R {
+            factors[r] = L::splat(h[r]);
+        }
         let line = 64 / size_of::<T>();
         let mut col = 0;
         while col + line <= width {
@@ -531,7 +540,7 @@ unsafe fn add_rows<L: Lanes, T: Element, const R: usize>(
                 let acc = acc.add(col + v);
                 let mut sum = L::load(acc);
                 for r in 0..R {
-                    sum = L::mul_add(T::load::<L>(rows[r].add(col + v)), h[r], sum);
+                    sum = L::mul_add(T::load::<L>(rows[r].add(col + v)), factors[r], sum);
                 }
                 L::store(acc, sum);
                 v += L::N;
@@ -543,7 +552,7 @@ unsafe fn add_rows<L: Lanes, T: Element, const R: usize>(
             let acc = acc.add(col);
             let mut sum = L::load(acc);
             for r in 0..R {
-                sum = L::mul_add(load_partial::<L, T>(rows[r].add(col), n), h[r], sum);
+                sum = L::mul_add(load_partial::<L, T>(rows[r].add(col), n), factors[r], sum);
             }
             L::store(acc, sum);
             col += n;

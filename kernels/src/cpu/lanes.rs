@@ -107,6 +107,25 @@ pub(super) unsafe fn load_partial<L: Lanes, T: Element>(src: *const T, n: usize)
     }
 }
 
+/// Writes the first `n <= L::N` values of `v`, and nothing past them.
+///
+/// # Safety
+/// Room for `n` values at `dst`; the processor has the instruction set of `L`.
+#[inline(always)]
+pub(super) unsafe fn store_partial<L: Lanes>(dst: *mut f32, n: usize, v: L::V) {
+    // SAFETY: a full vector is written only when `n` says there is room; else to a buffer that holds LANES_MAX.
+    unsafe {
+        if n == L::N {
+            return L::store(dst, v);
+        }
+        let mut lanes = [0.0; LANES_MAX];
+        L::store(lanes.as_mut_ptr(), v);
+        for (i, lane) in lanes.iter().enumerate().take(n) {
+            *dst.add(i) = *lane;
+        }
+    }
+}
+
 /// Four values and no intrinsics.
 pub(super) struct Portable;
 

@@ -1,6 +1,8 @@
 //! The CPU backend: instruction set chosen once, threads that persist, safe operations over checked shapes.
 
+mod attention;
 mod decode;
+mod elementwise;
 mod gemm;
 mod lanes;
 mod pool;
@@ -9,7 +11,7 @@ mod signs;
 use crate::shape::check;
 use crate::{
     Activation, AttentionShape, Elements, Limits, Matrix, Matvec, MlpCounts, MlpWeights, Rows, ShapeError,
-    SignMatrix, reference,
+    SignMatrix,
 };
 
 /// Instruction set of the vector paths.
@@ -97,13 +99,15 @@ impl MlpScratch {
 
 /// Buffers of [`Cpu::attention`], made once per session.
 #[derive(Debug)]
-pub struct AttentionScratch {}
+pub struct AttentionScratch {
+    attention: attention::Scratch,
+}
 
 impl AttentionScratch {
     /// For calls of `shape` by a backend of `n_threads`.
     pub fn new(shape: &AttentionShape, n_threads: usize) -> Self {
-        let _ = (shape, n_threads);
-        Self {}
+        let _ = n_threads;
+        Self { attention: attention::Scratch::new(shape) }
     }
 }
 
@@ -139,19 +143,30 @@ impl Cpu {
 
     /// `out = w[row]` as f32.
     pub fn row(&self, w: &Matrix<'_>, row: usize, out: &mut [f32]) -> Result<(), ShapeError> {
+        check_matrix(w)?;
         check("row width", w.n_cols, out.len())?;
-        for (col, out) in out.iter_mut().enumerate() {
-            *out = w.data.get(row * w.n_cols + col);
-        }
+        check("row", row.min(w.n_rows.saturating_sub(1)), row)?;
+        elementwise::row(self.isa, w, row, out);
         Ok(())
     }
 
     /// RMSNorm of each row of `x (n_tokens, width)`; `weight (width,)`, `out` as `x`.
     pub fn rmsnorm(&self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) -> Result<(), ShapeError> {
         check("rmsnorm output", x.len(), out.len())?;
-        for (x, out) in x.chunks_exact(weight.len()).zip(out.chunks_exact_mut(weight.len())) {
-            reference::rmsnorm(x, weight, eps, out);
+        let width = weight.len();
+        if x.is_empty() {
+            return Ok(());
         }
+        check("rmsnorm input", x.len().checked_div(width).unwrap_or(0) * width, x.len())?;
+        let n_tokens = x.len() / width;
+        let out = pool::Shared::new(out);
+        self.pool.run(n_tokens.div_ceil(TOKENS), &|chunk| {
+            for token in chunk * TOKENS..n_tokens.min((chunk + 1) * TOKENS) {
+                // SAFETY: each token is normalised once.
+                let out = unsafe { out.slice(token * width, width) };
+                elementwise::rmsnorm(self.isa, &x[token * width..][..width], weight, eps, out);
+            }
+        });
         Ok(())
     }
 
@@ -164,12 +179,24 @@ impl Cpu {
         cos: &[f32],
         sin: &[f32],
     ) -> Result<(), ShapeError> {
-        let half = head_dim / 2;
-        for ((heads, cos), sin) in
-            heads.chunks_exact_mut(n_heads * head_dim).zip(cos.chunks_exact(half)).zip(sin.chunks_exact(half))
-        {
-            reference::rope(heads, head_dim, cos, sin);
+        let (width, half) = (n_heads * head_dim, head_dim / 2);
+        if heads.is_empty() {
+            return Ok(());
         }
+        let n_tokens = heads.len().checked_div(width).unwrap_or(0);
+        check("rope heads", n_tokens * width, heads.len())?;
+        check("rope head_dim", 2 * half, head_dim)?;
+        check("rope cosines", n_tokens * half, cos.len())?;
+        check("rope sines", n_tokens * half, sin.len())?;
+        let heads = pool::Shared::new(heads);
+        self.pool.run(n_tokens.div_ceil(TOKENS), &|chunk| {
+            for token in chunk * TOKENS..n_tokens.min((chunk + 1) * TOKENS) {
+                // SAFETY: each token is rotated once.
+                let heads = unsafe { heads.slice(token * width, width) };
+                let angles = token * half..(token + 1) * half;
+                elementwise::rope(self.isa, heads, &cos[angles.clone()], &sin[angles]);
+            }
+        });
         Ok(())
     }
 
@@ -229,13 +256,38 @@ impl Cpu {
         scratch: &mut AttentionScratch,
         out: &mut [f32],
     ) -> Result<(), ShapeError> {
-        let _ = scratch;
         let width = shape.n_heads * shape.head_dim;
         check("attention queries", n_tokens * width, q.len())?;
         check("attention output", n_tokens * width, out.len())?;
-        for (token, (q, out)) in q.chunks_exact(width).zip(out.chunks_exact_mut(width)).enumerate() {
-            reference::attention(shape, q, k, v, first_position + token + 1, out);
+        let n_cached = shape.n_kv_heads * shape.n_positions_max * shape.head_dim;
+        check("attention keys", n_cached, k.len())?;
+        check("attention values", n_cached, v.len())?;
+        let n_positions = first_position + n_tokens;
+        check("attention positions", n_positions.min(shape.n_positions_max), n_positions)?;
+        if n_tokens * width == 0 {
+            return Ok(());
         }
+        check(
+            "query heads of a key/value head",
+            0,
+            shape.n_heads.checked_rem(shape.n_kv_heads).unwrap_or(1),
+        )?;
+        let wanted = attention::Scratch::sizes_for(shape);
+        let found = scratch.attention.sizes();
+        check("attention scratch", wanted.0, found.0.min(wanted.0))?;
+        check("attention scratch", wanted.1, found.1.min(wanted.1))?;
+        attention::attention(
+            self.isa,
+            &self.pool,
+            shape,
+            n_tokens,
+            first_position,
+            q,
+            k,
+            v,
+            &mut scratch.attention,
+            out,
+        );
         Ok(())
     }
 
@@ -340,6 +392,8 @@ impl Cpu {
     }
 }
 
+/// Tokens in a chunk of the operations on single vectors.
+const TOKENS: usize = 8;
 /// Rows in a chunk of [`Cpu::n_neg`].
 const N_NEG_ROWS: usize = 512;
 
