@@ -1,5 +1,11 @@
 //! Offline converter: a ReLU-sparse Hugging Face checkpoint becomes one `.sinf` file.
 #![forbid(unsafe_code)]
 
+pub mod arch;
 pub mod calibrate;
+pub mod checkpoint;
+pub mod error;
+pub mod pack;
 pub mod synth;
+
+pub use error::PrepError;
