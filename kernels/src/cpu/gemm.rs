@@ -18,6 +18,12 @@
 //!            ascending order (matmul_t: to y, matmul: to each other and then to y). Nothing of it depends on the other
 //!            tokens, on the chunk or on the threads, and AVX2 and AVX-512 agree bit for bit
 //! Bytes      bytes::matrix for each block of TOKENS_MAX tokens
+//! Measured   2 cores of an AMD EPYC (Zen 5), AVX-512, f16, weights from memory, share of the multiply-add peak of
+//!            515 GFLOP/s: 64 tokens 78-87 %, 16 tokens 52-62 %; benches/records/2026-11-24-epyc-zen5-2c-gemm.txt
+//! Tried      at 64 tokens, on 2048x2048, 5504x2048 and 4096x11008. Four groups of rows in a chunk of matmul, so that
+//!            packed tokens are used more often: 10-15 % slower, as rows of more pages take turns in memory. K_BLOCK 256
+//!            or 512: 2-8 % slower. Eight chunks of matmul_t for each thread: as narrow pieces of rows, 2-10 % slower,
+//!            and 25 % at 16 tokens
 //! ```
 
 use super::Isa;
@@ -29,7 +35,7 @@ use crate::{Elements, Matrix};
 use std::sync::{Mutex, PoisonError, TryLockError};
 
 /// Summed elements in a block.
-const K_BLOCK: usize = 256;
+const K_BLOCK: usize = 128;
 /// Distance of the rows of an operand that is broadcast; not a power of two, which would put them in the same cache
 /// sets.
 const K_STRIDE: usize = K_BLOCK + 16;
@@ -37,20 +43,16 @@ const K_STRIDE: usize = K_BLOCK + 16;
 const K_STEP: usize = 32;
 /// Bytes of a cache line.
 const LINE_BYTES: usize = 64;
-/// Weight rows that `matmul` converts at a time: a multiple of the height of each tile.
+/// Weight rows in a chunk of `matmul`: a multiple of the height of each tile.
 const GROUP: usize = 24;
-/// Groups in the largest chunk of `matmul`.
-const GROUPS_MAX: usize = 4;
 /// Panels in the largest chunk of `matmul_t`; a panel is as many columns as a tile.
 const PANELS_MAX: usize = 4;
-/// Tokens in the largest chunk: a block of them takes 256 KiB of L2.
+/// Tokens in the largest chunk: a block of them takes 128 KiB of L2.
 const TOKENS_MAX: usize = 256;
 /// Tokens of the tallest tile of `matmul_t`.
 const TILE_TOKENS: usize = 6;
 /// Chunks for each thread, where there is enough work: an even share although cores differ.
-const CHUNKS_PER_THREAD: usize = 8;
-/// Tokens are divided further when a thread would have fewer chunks than this.
-const CHUNKS_PER_THREAD_MIN: usize = 4;
+const CHUNKS_PER_THREAD: usize = 4;
 /// Tokens in a chunk of `matmul_t` are not divided below this.
 const TOKENS_MIN: usize = 48;
 /// Tokens that `matmul_t` copies in a chunk.
@@ -135,14 +137,11 @@ impl GemmScratch {
         let n_vecs = n_tokens.div_ceil(n);
         let n_groups = n_rows.div_ceil(GROUP);
         let mut block = (TOKENS_MAX / n).min(n_vecs);
-        while block > n_vecs_tile
-            && n_groups * n_vecs.div_ceil(block) < CHUNKS_PER_THREAD_MIN * pool.n_threads()
+        while block > n_vecs_tile && n_groups * n_vecs.div_ceil(block) < CHUNKS_PER_THREAD * pool.n_threads()
         {
             block = (block / 2).next_multiple_of(n_vecs_tile);
         }
         let n_blocks = n_vecs.div_ceil(block);
-        let units = (n_groups * n_blocks / (CHUNKS_PER_THREAD * pool.n_threads())).clamp(1, GROUPS_MAX);
-        let n_unit_chunks = n_groups.div_ceil(units);
         let mut packed = self.packed.lock().unwrap_or_else(PoisonError::into_inner);
         let plan = Plan {
             w: *w,
@@ -153,12 +152,12 @@ impl GemmScratch {
             accumulate,
             n_threads: pool.n_threads(),
             block,
-            units,
-            n_unit_chunks,
+            outputs: GROUP,
+            n_output_chunks: n_groups,
         };
         let n_pack_chunks = n_vecs.div_ceil(n_vecs_tile) * n_cols.div_ceil(PACK_ELEMENTS);
         pool.run(n_pack_chunks, &|chunk| dispatch!(isa, pack, &plan, chunk));
-        pool.run(n_unit_chunks * n_blocks, &|chunk| {
+        pool.run(n_groups * n_blocks, &|chunk| {
             self.with_slot(|buffer| dispatch!(isa, matmul_chunk, &plan, chunk, buffer));
         });
     }
@@ -179,14 +178,14 @@ impl GemmScratch {
         let (n, n_vecs_tile) = tile_size(isa);
         let n_panels = n_cols.div_ceil(n * n_vecs_tile);
         let mut block = TOKENS_MAX.min(n_tokens);
-        while block > TOKENS_MIN
-            && n_panels * n_tokens.div_ceil(block) < CHUNKS_PER_THREAD_MIN * pool.n_threads()
+        while block > TOKENS_MIN && n_panels * n_tokens.div_ceil(block) < CHUNKS_PER_THREAD * pool.n_threads()
         {
             block = (block / 2).next_multiple_of(TILE_TOKENS);
         }
         let n_blocks = n_tokens.div_ceil(block);
-        let units = (n_panels * n_blocks / (CHUNKS_PER_THREAD * pool.n_threads())).clamp(1, PANELS_MAX);
-        let n_unit_chunks = n_panels.div_ceil(units);
+        let n_chunk_panels =
+            (n_panels * n_blocks / (CHUNKS_PER_THREAD * pool.n_threads())).clamp(1, PANELS_MAX);
+        let n_output_chunks = n_panels.div_ceil(n_chunk_panels);
         let n_k_blocks = n_rows.div_ceil(K_BLOCK);
         let mut packed = self.packed.lock().unwrap_or_else(PoisonError::into_inner);
         let plan = Plan {
@@ -198,8 +197,8 @@ impl GemmScratch {
             accumulate,
             n_threads: pool.n_threads(),
             block,
-            units,
-            n_unit_chunks,
+            outputs: n_chunk_panels * n * n_vecs_tile,
+            n_output_chunks,
         };
         let plan = &plan;
         pool.run(n_tokens.div_ceil(COPY_TOKENS), &|chunk| {
@@ -211,7 +210,7 @@ impl GemmScratch {
                 }
             }
         });
-        pool.run(n_unit_chunks * n_blocks, &|chunk| {
+        pool.run(n_output_chunks * n_blocks, &|chunk| {
             self.with_slot(|buffer| dispatch!(isa, matmul_t_chunk, plan, chunk, buffer));
         });
     }
@@ -222,8 +221,8 @@ fn fits(len: usize, n_rows: usize, n_cols: usize) -> bool {
     n_rows.checked_mul(n_cols) == Some(len)
 }
 
-/// What the chunks of a product share. Chunk i is block `i / n_unit_chunks` of the tokens by block
-/// `i % n_unit_chunks` of the outputs.
+/// What the chunks of a product share. Chunk i is block `i / n_output_chunks` of the tokens by block
+/// `i % n_output_chunks` of the outputs.
 struct Plan<'a> {
     w: Matrix<'a>,
     n_tokens: usize,
@@ -236,9 +235,9 @@ struct Plan<'a> {
     n_threads: usize,
     /// Vectors of tokens (`matmul`) or tokens (`matmul_t`) in a chunk.
     block: usize,
-    /// Groups of rows (`matmul`) or panels of columns (`matmul_t`) in a chunk.
-    units: usize,
-    n_unit_chunks: usize,
+    /// Outputs in a chunk: GROUP rows (`matmul`) or whole panels of columns (`matmul_t`).
+    outputs: usize,
+    n_output_chunks: usize,
 }
 
 /// Floats on cache lines of their own.
@@ -446,68 +445,61 @@ unsafe fn matmul_chunk<L: Lanes>(plan: &Plan<'_>, chunk: usize, buffer: &mut Buf
 #[inline(always)]
 unsafe fn matmul_rows<L: Lanes, T: Element>(plan: &Plan<'_>, w: &[T], chunk: usize, buffer: &mut Buffer) {
     let (n_rows, n_cols) = (plan.w.n_rows, plan.w.n_cols);
-    let v0 = chunk / plan.n_unit_chunks * plan.block;
+    let v0 = chunk / plan.n_output_chunks * plan.block;
     let n_vecs = (plan.n_tokens.div_ceil(L::N) - v0).min(plan.block);
-    let row0 = chunk % plan.n_unit_chunks * plan.units * GROUP;
-    let rows = (n_rows - row0).min(plan.units * GROUP);
+    let row0 = chunk % plan.n_output_chunks * plan.outputs;
+    let rows = (n_rows - row0).min(GROUP);
     let width = n_vecs * L::N;
-    // Sums of whole groups; the transposes at the end read whole vectors of rows.
-    let n_sum_rows = (plan.units * GROUP).next_multiple_of(LANES_MAX);
+    // The transposes at the end read whole vectors of rows.
+    let n_sum_rows = GROUP.next_multiple_of(LANES_MAX);
     let (b, sums) = buffer.get(GROUP * K_STRIDE + n_sum_rows * width).split_at_mut(GROUP * K_STRIDE);
 
     for k0 in (0..n_cols).step_by(K_BLOCK) {
         let n_k = (n_cols - k0).min(K_BLOCK);
         let into = if k0 == 0 { Into::Set } else { Into::Add };
-        for row in (0..rows).step_by(GROUP) {
-            let n_group = (rows - row).min(GROUP);
-            let src = w[(row0 + row) * n_cols + k0..].as_ptr();
-            // SAFETY: rows row0 + row and on have n_k columns from k0; `b` has GROUP rows of K_STRIDE.
-            unsafe { convert::<L, T>(src, n_cols, n_group, n_k, b.as_mut_ptr(), K_STRIDE) };
-            // The group after this one; after the last, one of the chunk that this thread probably takes next.
-            let (next_row, next_k) = if row + GROUP < rows {
-                (row0 + row + GROUP, k0)
-            } else if k0 + K_BLOCK < n_cols {
-                (row0, k0 + K_BLOCK)
-            } else {
-                (row0 + plan.n_threads * plan.units * GROUP, 0)
-            };
-            let next = w.as_ptr().wrapping_add(next_row * n_cols + next_k);
-            let mut v = 0;
-            while v < n_vecs {
-                let nv = (n_vecs - v).min(n_vecs_tile::<L>());
-                // Rows past n_group hold what an earlier group left: their sums are of no use, and are not copied out.
-                macro_rules! tiles {
-                    ($nv:literal, $mr:literal) => {
-                        for r in (0..n_group).step_by($mr) {
-                            let prefetch = |step: usize| {
-                                if v == 0 {
-                                    for r in r..r + $mr {
-                                        prefetch::<L, T>(next.wrapping_add(r * n_cols + step * K_STEP), K_STEP);
-                                    }
+        let src = w[row0 * n_cols + k0..].as_ptr();
+        // SAFETY: `rows` rows from row0 have n_k columns from k0; `b` has GROUP rows of K_STRIDE.
+        unsafe { convert::<L, T>(src, n_cols, rows, n_k, b.as_mut_ptr(), K_STRIDE) };
+        // The next block of these rows; after the last, the first of rows that this thread probably takes next.
+        let next = w.as_ptr().wrapping_add(if k0 + K_BLOCK < n_cols {
+            row0 * n_cols + k0 + K_BLOCK
+        } else {
+            (row0 + plan.n_threads * GROUP) * n_cols
+        });
+        let mut v = 0;
+        while v < n_vecs {
+            let nv = (n_vecs - v).min(n_vecs_tile::<L>());
+            // Rows of `b` past the last hold what an earlier chunk left: their sums are of no use, and stay here.
+            macro_rules! tiles {
+                ($nv:literal, $mr:literal) => {
+                    for r in (0..rows).step_by($mr) {
+                        let prefetch = |step: usize| {
+                            if v == 0 {
+                                for r in r..r + $mr {
+                                    prefetch::<L, T>(next.wrapping_add(r * n_cols + step * K_STEP), K_STEP);
                                 }
-                            };
-                            // SAFETY: a tile of `packed` is `(n_cols, nv * L::N)`, of which this is rows k0 and on;
-                            // `b` and `sums` have GROUP rows from 0 and from `row`, a multiple of the tile's height.
-                            unsafe {
-                                let tokens =
-                                    plan.packed.get().add((v0 + v) * L::N * n_cols + k0 * $nv * L::N);
-                                let b = b.as_ptr().add(r * K_STRIDE);
-                                let c = sums.as_mut_ptr().add((row + r) * width + v * L::N);
-                                tile::<L, $nv, $mr>(n_k, tokens, b, c, width, into, prefetch);
                             }
+                        };
+                        // SAFETY: a tile of `packed` is `(n_cols, nv * L::N)`, of which this is rows k0 and on;
+                        // `b` and `sums` have GROUP rows, a multiple of the tile's height.
+                        unsafe {
+                            let tokens = plan.packed.get().add((v0 + v) * L::N * n_cols + k0 * $nv * L::N);
+                            let b = b.as_ptr().add(r * K_STRIDE);
+                            let c = sums.as_mut_ptr().add(r * width + v * L::N);
+                            tile::<L, $nv, $mr>(n_k, tokens, b, c, width, into, prefetch);
                         }
-                    };
-                }
-                match (L::N, nv) {
-                    (16, 4) => tiles!(4, 6),
-                    (16, 3) => tiles!(3, 8),
-                    (16, 2) => tiles!(2, 12),
-                    (16, _) => tiles!(1, 24),
-                    (_, 2) => tiles!(2, 6),
-                    _ => tiles!(1, 12),
-                }
-                v += nv;
+                    }
+                };
             }
+            match (L::N, nv) {
+                (16, 4) => tiles!(4, 6),
+                (16, 3) => tiles!(3, 8),
+                (16, 2) => tiles!(2, 12),
+                (16, _) => tiles!(1, 24),
+                (_, 2) => tiles!(2, 6),
+                _ => tiles!(1, 12),
+            }
+            v += nv;
         }
     }
     for v in 0..n_vecs {
@@ -557,10 +549,10 @@ unsafe fn matmul_t_chunk<L: Lanes>(plan: &Plan<'_>, chunk: usize, buffer: &mut B
 unsafe fn matmul_t_cols<L: Lanes, T: Element>(plan: &Plan<'_>, w: &[T], chunk: usize, buffer: &mut Buffer) {
     let (n_rows, n_cols) = (plan.w.n_rows, plan.w.n_cols);
     let panel_width = n_vecs_tile::<L>() * L::N;
-    let t0 = chunk / plan.n_unit_chunks * plan.block;
+    let t0 = chunk / plan.n_output_chunks * plan.block;
     let n_tokens = (plan.n_tokens - t0).min(plan.block);
-    let col0 = chunk % plan.n_unit_chunks * plan.units * panel_width;
-    let cols = (n_cols - col0).min(plan.units * panel_width);
+    let col0 = chunk % plan.n_output_chunks * plan.outputs;
+    let cols = (n_cols - col0).min(plan.outputs);
     let n_panels = cols.div_ceil(panel_width);
     let panels = buffer.get(n_panels * panel_width * K_BLOCK);
 
@@ -578,7 +570,7 @@ unsafe fn matmul_t_cols<L: Lanes, T: Element>(plan: &Plan<'_>, w: &[T], chunk: u
         let next = w.as_ptr().wrapping_add(if k0 + K_BLOCK < n_rows {
             (k0 + K_BLOCK) * n_cols + col0
         } else {
-            col0 + plan.n_threads * plan.units * panel_width
+            col0 + plan.n_threads * plan.outputs
         });
         // Its rows are spread evenly over the steps of this block's tiles.
         let n_steps = n_k.div_ceil(K_STEP);
