@@ -41,6 +41,9 @@ pub struct MlpBatch<'a> {
     pub gate: &'a [f32],
     /// `act(gate) * up` before any mask, `(n_tokens, intermediate_size)`.
     pub h: &'a [f32],
+    /// Sign disagreements of every row with `x`, `(n_tokens, intermediate_size)`; empty unless
+    /// [`MlpObserver::wants_n_neg`].
+    pub n_neg: &'a [u32],
     /// Rows that the mask leaves out, `(n_tokens, intermediate_size)`; empty when the pass is not masked or the
     /// layer predicts nothing.
     pub skip: &'a [bool],
@@ -48,6 +51,11 @@ pub struct MlpBatch<'a> {
 
 /// Sees every layer's MLP of a batch, in layer order.
 pub trait MlpObserver {
+    /// True if [`MlpBatch::n_neg`] is to be filled.
+    fn wants_n_neg(&self) -> bool {
+        false
+    }
+
     /// Called once for each layer of each batch, before the down projection.
     fn mlp(&mut self, batch: &MlpBatch<'_>);
 }
@@ -133,11 +141,6 @@ impl<'m> Session<'m> {
 
     /// Plain read bandwidth of the backend over fresh memory, in GB/s (10^9), now.
     pub fn measure_read_gb_per_s(&self) -> f64 {
-        todo!()
-    }
-
-    /// The CPU backend, for callers that need one kernel (calibration's n_neg).
-    pub fn cpu(&self) -> &kernels::Cpu {
         todo!()
     }
 
