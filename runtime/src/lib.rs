@@ -1,7 +1,11 @@
 //! Maps a `.sinf` file and generates text with it; `prep` borrows the dense forward pass from here.
 
 pub mod chat;
+mod engine;
 mod error;
+mod forward;
+mod kv_cache;
+mod map;
 mod model;
 pub mod sampler;
 mod session;
