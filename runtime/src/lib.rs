@@ -1,14 +1,19 @@
 //! Maps a `.sinf` file and generates text with it; `prep` borrows the dense forward pass from here.
 
+pub mod bench;
 pub mod chat;
+pub mod device;
 mod engine;
 mod error;
 mod forward;
+pub mod generate;
 mod kv_cache;
 mod map;
 mod model;
+pub mod perplexity;
 pub mod sampler;
 mod session;
+pub mod stats;
 mod text;
 mod tokenizer;
 

@@ -16,15 +16,15 @@ const N_PENALISED: usize = 64;
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SamplerOptions {
     /// Divides the logits before the draw; 0 takes the most probable token.
-    pub temp: f32,
+    pub temp: f64,
     /// Candidates kept; 0 keeps all.
     pub top_k: usize,
     /// Keeps the fewest candidates whose probabilities reach this sum; 1 keeps all.
-    pub top_p: f32,
+    pub top_p: f64,
     /// Keeps candidates at least this probable in relation to the best; 0 keeps all.
-    pub min_p: f32,
+    pub min_p: f64,
     /// Lowers the logits of the last 64 tokens; 1 leaves them.
-    pub repeat_penalty: f32,
+    pub repeat_penalty: f64,
     /// Start of the random sequence.
     pub seed: u64,
 }
@@ -85,7 +85,7 @@ impl Sampler {
             options: *options,
             rng: ChaCha8Rng::seed_from_u64(options.seed),
             adjustment: Adjustment {
-                repeat_penalty: options.repeat_penalty,
+                repeat_penalty: options.repeat_penalty as f32,
                 recent: Vec::with_capacity(N_PENALISED),
                 next_recent: 0,
                 excluded: excluded.to_vec(),
@@ -125,14 +125,14 @@ impl Sampler {
         }
         if top_p < 1.0 {
             let total = weigh(&self.candidates, 1.0, &mut self.weights);
-            self.candidates.truncate(reach(&self.weights, f64::from(top_p) * total) + 1);
+            self.candidates.truncate(reach(&self.weights, top_p * total) + 1);
         }
         if min_p > 0.0 {
             // p / p_best >= min_p, in logits.
-            let least = f64::from(best.logit) + f64::from(min_p).ln();
+            let least = f64::from(best.logit) + min_p.ln();
             keep_while(&mut self.candidates, |candidate| f64::from(candidate.logit) >= least);
         }
-        let total = weigh(&self.candidates, f64::from(temp), &mut self.weights);
+        let total = weigh(&self.candidates, temp, &mut self.weights);
         let chosen = reach(&self.weights, uniform(&mut self.rng) * total);
         Ok(self.candidates[chosen].id)
     }
@@ -392,11 +392,11 @@ mod tests {
             logits in prop::collection::vec(prop_oneof![
                 -30.0_f32..30.0, Just(f32::MAX), Just(f32::MIN), Just(f32::MIN_POSITIVE)
             ], 1..40),
-            temp in prop_oneof![Just(0.0_f32), 1e-30_f32..1e30],
+            temp in prop_oneof![Just(0.0_f64), 1e-30_f64..1e30],
             top_k in 0_usize..50,
-            top_p in 0.0_f32..=1.0,
-            min_p in 0.0_f32..=1.0,
-            repeat_penalty in 1e-30_f32..1e30,
+            top_p in 0.0_f64..=1.0,
+            min_p in 0.0_f64..=1.0,
+            repeat_penalty in 1e-30_f64..1e30,
             seed: u64,
         ) {
             let options = SamplerOptions { temp, top_k, top_p, min_p, repeat_penalty, seed };

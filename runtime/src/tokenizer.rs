@@ -45,7 +45,7 @@ pub enum TokenizerError {
         piece: String,
     },
     /// The `tokenizers` crate refused.
-    #[error("tokenizer: {0}")]
+    #[error("tokenizer: BPE failed")]
     Bpe(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
@@ -450,7 +450,9 @@ mod tests {
         let broken = |change: fn(&mut format_spec::Tokenizer)| {
             let mut spec = spec(DummyPrefix::EveryStretch);
             change(&mut spec);
-            Tokenizer::new(&spec, Some(1), Some(2)).expect_err("refused").to_string()
+            let error = Tokenizer::new(&spec, Some(1), Some(2)).expect_err("refused");
+            let cause = std::error::Error::source(&error).map(ToString::to_string);
+            format!("{error}: {}", cause.unwrap_or_default())
         };
         assert!(broken(|spec| spec.merges.push((4, 999_999))).contains("999999"));
         assert!(broken(|spec| spec.merges.push((4, 5))).contains("<0x01><0x02>"));
