@@ -7,5 +7,6 @@ pub mod checkpoint;
 pub mod error;
 pub mod pack;
 pub mod synth;
+pub mod tokenizer;
 
 pub use error::PrepError;
