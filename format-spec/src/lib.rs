@@ -6,13 +6,17 @@
 #![forbid(unsafe_code)]
 
 pub mod calibration;
+mod checksum;
 pub mod dtype;
 pub mod error;
+mod field;
 pub mod header;
 pub mod metadata;
+mod partial;
 pub mod reader;
 pub mod section;
 pub mod signs;
+mod table;
 pub mod writer;
 
 pub use calibration::{CalibrationCurve, CurvePoint, PredictorKind, PredictorRecord};

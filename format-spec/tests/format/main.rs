@@ -1,0 +1,5 @@
+//! Tests of the format through its public face.
+
+mod round_trip;
+mod sample;
+mod writing;
