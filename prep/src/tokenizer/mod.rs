@@ -19,6 +19,7 @@ mod settings;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
+use format_spec::metadata::byte_of;
 use format_spec::{AddedToken, DummyPrefix, ModelConfig, Piece, PieceKind, Tokenizer};
 
 use self::settings::Settings;
@@ -233,13 +234,6 @@ fn tokenizer(vocabulary: Vocabulary, add_bos: bool, add_eos: bool) -> Tokenizer 
         add_bos,
         add_eos,
     }
-}
-
-/// The byte that a piece of the form `<0xNN>` stands for.
-fn byte_of(piece: &str) -> Option<u8> {
-    let digits = piece.strip_prefix("<0x")?.strip_suffix('>')?;
-    let byte = u8::from_str_radix(digits, 16).ok()?;
-    (digits.len() == 2 && !digits.contains(|c: char| c.is_ascii_lowercase())).then_some(byte)
 }
 
 /// The id of a spelling.
