@@ -2,7 +2,7 @@
 //!
 //! Vectors (activations, outputs) stay in cache from one operation to the next and are not counted.
 
-use crate::{AttentionShape, Limits, Matrix, MlpCounts, MlpWeights, Rows};
+use crate::{AttentionShape, Limits, Matrix, MlpCounts, MlpWeights, Rows, Thresholds};
 
 /// All of `w`: a product with it, the lm_head among them.
 pub fn matrix(w: &Matrix<'_>) -> u64 {
@@ -15,15 +15,33 @@ pub fn mlp(w: &MlpWeights<'_>, rows: &Rows<'_>, counts: &MlpCounts) -> u64 {
     match rows {
         Rows::All => matrix(&w.gate) + matrix(&w.up) + matrix(&w.down_t),
         Rows::Active => matrix(&w.gate) + active,
-        Rows::Predicted { signs, limits } => {
-            let limits_bytes = match limits {
-                Limits::Layer(_) => 0,
-                Limits::PerRow(limits) => size_of_val(*limits),
-            };
-            let predictor = size_of_val(signs.words) + limits_bytes;
-            predictor as u64 + self::rows(&w.gate, counts.n_kept) + active
+        Rows::Predicted { .. } | Rows::Scored { .. } => {
+            predictor(rows) + self::rows(&w.gate, counts.n_kept) + active
         }
     }
+}
+
+/// What choosing the rows reads.
+pub fn predictor(rows: &Rows<'_>) -> u64 {
+    let bytes = match rows {
+        Rows::All | Rows::Active => 0,
+        Rows::Predicted { signs, limits } => {
+            size_of_val(signs.words)
+                + match limits {
+                    Limits::Layer(_) => 0,
+                    Limits::PerRow(limits) => size_of_val(*limits),
+                }
+        }
+        Rows::Scored { planes, thresholds } => {
+            size_of_val(planes.signs.words)
+                + size_of_val(planes.low)
+                + match thresholds {
+                    Thresholds::Layer(_) => 0,
+                    Thresholds::PerRow(thresholds) => size_of_val(*thresholds),
+                }
+        }
+    };
+    bytes as u64
 }
 
 /// Keys and values of `n_positions` positions of one layer.
@@ -39,7 +57,7 @@ fn rows(w: &Matrix<'_>, n_rows: usize) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Elements, SignMatrix};
+    use crate::{BitPlanes, Elements, SignMatrix};
 
     #[test]
     fn an_mlp_moves_the_rows_it_counts() {
@@ -57,6 +75,12 @@ mod tests {
         assert_eq!(mlp(&w, &layer, &counts), 56 + 5 * 80 + 3 * (80 + 160));
         let per_row = Rows::Predicted { signs, limits: Limits::PerRow(&[0; 7]) };
         assert_eq!(mlp(&w, &per_row, &counts), 28 + 56 + 5 * 80 + 3 * (80 + 160));
+        let planes = BitPlanes { signs, low: &[0; 28] };
+        assert_eq!(planes.n_planes(), 3);
+        let layer = Rows::Scored { planes, thresholds: Thresholds::Layer(0.0) };
+        assert_eq!(mlp(&w, &layer, &counts), 3 * 56 + 5 * 80 + 3 * (80 + 160));
+        let per_row = Rows::Scored { planes, thresholds: Thresholds::PerRow(&[0.0; 7]) };
+        assert_eq!(predictor(&per_row), 28 + 3 * 56);
     }
 
     #[test]

@@ -10,6 +10,6 @@ pub mod shape;
 
 pub use cpu::{AttentionScratch, Cpu, Isa, MlpScratch};
 pub use shape::{
-    Activation, AttentionShape, Elements, Limits, Matrix, Matvec, MlpCounts, MlpWeights, Rows, ShapeError,
-    SignMatrix,
+    Activation, AttentionShape, BitPlanes, Elements, Limits, Matrix, Matvec, MlpCounts, MlpWeights,
+    PLANES_MAX, Rows, ShapeError, SignMatrix, Thresholds,
 };

@@ -2,7 +2,10 @@
 //!
 //! Sums run in f64 so that the reference is closer to the exact result than any backend.
 
-use crate::{Activation, AttentionShape, Elements, Limits, Matrix, MlpCounts, MlpWeights, Rows, SignMatrix};
+use crate::{
+    Activation, AttentionShape, BitPlanes, Elements, Limits, Matrix, MlpCounts, MlpWeights, Rows, SignMatrix,
+    Thresholds,
+};
 
 /// `sum_c w[row, c] * x[c]`.
 pub fn dot(w: &Matrix<'_>, row: usize, x: &[f32]) -> f64 {
@@ -111,6 +114,47 @@ pub fn predict(signs: &SignMatrix<'_>, limits: &Limits<'_>, x_words: &[u32], ski
     }
 }
 
+/// `x` in 8 bits: `q[c] = round(x[c] * scale)`, halves to even, with `scale = 127 / max |x|`, which is returned. Every
+/// operation is one of f32, so that all backends agree. An input that has no such scale (all zero, not finite, too
+/// small) gives zeros and a scale of 0.
+pub fn quantise(x: &[f32], q: &mut [i8]) -> f32 {
+    // Magnitudes compare as their bits do, NaN above all.
+    let max = f32::from_bits(x.iter().fold(0, |max, v| max.max(v.abs().to_bits())));
+    let scale = 127.0 / max;
+    if !(scale > 0.0 && scale.is_finite()) {
+        q.fill(0);
+        return 0.0;
+    }
+    for (q, x) in q.iter_mut().zip(x) {
+        *q = (x * scale).round_ties_even() as i8;
+    }
+    scale
+}
+
+/// `sum_c w[row, c] * q[c]` with the elements of `planes`.
+pub fn score(planes: &BitPlanes<'_>, row: usize, q: &[i8]) -> i32 {
+    let n_planes = planes.n_planes();
+    let sign = |plane: usize, col: usize| {
+        let word = planes.plane(plane)[row * planes.signs.n_words + col / 32];
+        1 - 2 * (word >> (col % 32) & 1) as i32
+    };
+    let element = |col| (0..n_planes).map(|plane| sign(plane, col) << (n_planes - 1 - plane)).sum::<i32>();
+    q.iter().enumerate().map(|(col, &q)| element(col) * i32::from(q)).sum()
+}
+
+/// `skip[row]` iff `score(row) < threshold(row) * scale`, the score as f32; it is exact in f32 below 2^24.
+pub fn predict_scores(
+    planes: &BitPlanes<'_>,
+    thresholds: &Thresholds<'_>,
+    q: &[i8],
+    scale: f32,
+    skip: &mut [bool],
+) {
+    for (row, skip) in skip.iter_mut().enumerate() {
+        *skip = (score(planes, row, q) as f32) < thresholds.of(row) * scale;
+    }
+}
+
 /// `h[i] = skip(i) ? 0 : act(w_gate[i] . x) * (w_up[i] . x)`; returns the rows read.
 pub fn gate_up(
     w: &MlpWeights<'_>,
@@ -120,10 +164,18 @@ pub fn gate_up(
     h: &mut [f32],
 ) -> MlpCounts {
     let mut skip = vec![false; w.gate.n_rows];
-    if let Rows::Predicted { signs, limits } = rows {
-        let mut x_words = vec![0; signs.n_words];
-        sign_pack(x, &mut x_words);
-        predict(signs, limits, &x_words, &mut skip);
+    match rows {
+        Rows::All | Rows::Active => {}
+        Rows::Predicted { signs, limits } => {
+            let mut x_words = vec![0; signs.n_words];
+            sign_pack(x, &mut x_words);
+            predict(signs, limits, &x_words, &mut skip);
+        }
+        Rows::Scored { planes, thresholds } => {
+            let mut q = vec![0; x.len()];
+            let scale = quantise(x, &mut q);
+            predict_scores(planes, thresholds, &q, scale, &mut skip);
+        }
     }
     let mut counts = MlpCounts::default();
     for (row, h) in h.iter_mut().enumerate() {

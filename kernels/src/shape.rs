@@ -99,6 +99,56 @@ impl Limits<'_> {
     }
 }
 
+/// Most planes of [`BitPlanes`].
+pub const PLANES_MAX: usize = 3;
+
+/// A matrix in one to [`PLANES_MAX`] bits an element: with P planes and s_p the sign that bit p stands for (1 is -1),
+/// an element is the odd number `sum_p 2^(P - 1 - p) s_p`; so 1; 1 and 3; or 1, 3, 5 and 7, with a sign.
+#[derive(Clone, Copy, Debug)]
+pub struct BitPlanes<'a> {
+    /// Plane 0, the elements' signs.
+    pub signs: SignMatrix<'a>,
+    /// The planes below, `(P - 1, n_rows, n_words)`; bits past the last column are 0.
+    pub low: &'a [u32],
+}
+
+impl<'a> BitPlanes<'a> {
+    /// P: 1 for signs alone.
+    pub fn n_planes(&self) -> usize {
+        1 + self.low.len().checked_div(self.signs.words.len()).unwrap_or(0)
+    }
+
+    /// Words of plane `idx`, `(n_rows, n_words)`.
+    ///
+    /// # Panics
+    /// If there is no such plane.
+    pub fn plane(&self, idx: usize) -> &'a [u32] {
+        match idx {
+            0 => self.signs.words,
+            idx => &self.low[(idx - 1) * self.signs.words.len()..][..self.signs.words.len()],
+        }
+    }
+}
+
+/// Smallest score that is still computed, in units of x times an element of [`BitPlanes`].
+#[derive(Clone, Copy, Debug)]
+pub enum Thresholds<'a> {
+    /// One for all rows.
+    Layer(f32),
+    /// One for each row, `(n_rows,)`.
+    PerRow(&'a [f32]),
+}
+
+impl Thresholds<'_> {
+    /// The threshold of `row`.
+    pub fn of(&self, row: usize) -> f32 {
+        match self {
+            Self::Layer(threshold) => *threshold,
+            Self::PerRow(thresholds) => thresholds[row],
+        }
+    }
+}
+
 /// Which rows of the MLP are read.
 #[derive(Clone, Copy, Debug)]
 pub enum Rows<'a> {
@@ -112,6 +162,13 @@ pub enum Rows<'a> {
         signs: SignMatrix<'a>,
         /// Limits on n_neg.
         limits: Limits<'a>,
+    },
+    /// Predicted: gate rows whose product in few bits passes the threshold; up and down rows as above.
+    Scored {
+        /// W_gate.
+        planes: BitPlanes<'a>,
+        /// Thresholds on the score.
+        thresholds: Thresholds<'a>,
     },
 }
 

@@ -18,8 +18,9 @@ use super::Isa;
 use super::lanes::{Avx2, Avx512};
 use super::lanes::{Element, Lanes, Portable, load_partial};
 use super::pool::{Pool, Shared};
+use super::scores::{self, Quantised, Scores};
 use super::signs::{self, Signs};
-use crate::{Activation, Matrix, Matvec, MlpCounts, MlpWeights, Rows};
+use crate::{Activation, BitPlanes, Matrix, Matvec, MlpCounts, MlpWeights, Rows};
 
 /// Independent chains of a dot.
 const ACCS: usize = 4;
@@ -109,6 +110,18 @@ macro_rules! entries {
                 // SAFETY: the caller's promise.
                 unsafe { <$lanes as Signs>::n_neg(rows, n_rows, n_words, x_words, n_neg) }
             }
+            /// # Safety
+            /// That of [`scores::scores`].
+            $(#[target_feature(enable = $feature)])?
+            pub(super) unsafe fn scores(
+                planes: &BitPlanes<'_>,
+                row0: usize,
+                n_rows: usize,
+                x: &Quantised<'_>,
+            ) -> [i32; signs::GROUP] {
+                // SAFETY: the caller's promise.
+                unsafe { scores::scores::<$lanes>(planes, row0, n_rows, x) }
+            }
         }
     };
 }
@@ -116,7 +129,7 @@ entries!(portable, Portable);
 #[cfg(target_arch = "x86_64")]
 entries!(avx2, Avx2, "avx2,fma,f16c,popcnt");
 #[cfg(target_arch = "x86_64")]
-entries!(avx512, Avx512, "avx512f,avx512bw,avx512vl,avx512vpopcntdq,avx2,fma,f16c,popcnt");
+entries!(avx512, Avx512, "avx512f,avx512bw,avx512vl,avx512vpopcntdq,avx512vnni,avx2,fma,f16c,popcnt");
 
 /// Calls `$body` with `$ptr` as the pointer of the weights' own type.
 macro_rules! with_elements {
@@ -291,6 +304,7 @@ pub(super) struct Scratch {
     /// Of each chunk.
     counts: Vec<MlpCounts>,
     x_words: Vec<u32>,
+    q: Vec<i8>,
 }
 
 impl Scratch {
@@ -300,6 +314,7 @@ impl Scratch {
             h: vec![0.0; intermediate_size],
             counts: vec![MlpCounts::default(); intermediate_size.div_ceil(MLP_ROWS)],
             x_words: vec![0; hidden_size.div_ceil(32)],
+            q: vec![0; scores::q_len(hidden_size)],
         }
     }
 
@@ -316,6 +331,7 @@ struct GateUp<'a> {
     activation: Activation,
     x: &'a [f32],
     x_words: &'a [u32],
+    quantised: Quantised<'a>,
     rows: Shared<u32>,
     h: Shared<f32>,
     counts: Shared<MlpCounts>,
@@ -343,8 +359,11 @@ pub(super) fn mlp(
     y: &mut [f32],
 ) -> MlpCounts {
     let n_rows = w.gate.n_rows;
-    if let Rows::Predicted { .. } = select {
-        sign_pack(isa, x, &mut scratch.x_words);
+    let mut quantised = Quantised { q: &[], scale: 0.0, total: 0 };
+    match select {
+        Rows::All | Rows::Active => {}
+        Rows::Predicted { .. } => sign_pack(isa, x, &mut scratch.x_words),
+        Rows::Scored { .. } => quantised = scores::quantise(x, &mut scratch.q),
     }
     let args = GateUp {
         w: *w,
@@ -352,6 +371,7 @@ pub(super) fn mlp(
         activation,
         x,
         x_words: &scratch.x_words,
+        quantised,
         rows: Shared::new(&mut scratch.rows),
         h: Shared::new(&mut scratch.h),
         counts: Shared::new(&mut scratch.counts),
@@ -391,7 +411,7 @@ pub(super) fn mlp(
 /// Shapes and scratch fit, nobody else uses this chunk's part of the scratch, the processor has the instruction set
 /// of `L`.
 #[inline(always)]
-unsafe fn gate_up_chunk<L: Signs>(args: &GateUp<'_>, chunk: usize) {
+unsafe fn gate_up_chunk<L: Signs + Scores>(args: &GateUp<'_>, chunk: usize) {
     let row0 = chunk * MLP_ROWS;
     let n_rows = MLP_ROWS.min(args.w.gate.n_rows - row0);
     let n_cols = args.w.gate.n_cols;
@@ -431,21 +451,8 @@ unsafe fn gate_up_chunk<L: Signs>(args: &GateUp<'_>, chunk: usize) {
                 });
                 *counts = MlpCounts { n_kept: n_rows, n_active };
             }
-            Rows::Predicted { signs, limits } => {
-                let mut n_kept = 0;
-                let mut row = 0;
-                while row < n_rows {
-                    let n_group = signs::GROUP.min(n_rows - row);
-                    let mut n_neg = [0; signs::GROUP];
-                    let words = signs.words.as_ptr().add((row0 + row) * signs.n_words);
-                    L::n_neg(words, n_group, signs.n_words, args.x_words.as_ptr(), n_neg.as_mut_ptr());
-                    for (r, n_neg) in n_neg.iter().enumerate().take(n_group) {
-                        // The place is written either way: a branch here would be taken at random.
-                        rows[n_kept] = (row0 + row + r) as u32;
-                        n_kept += usize::from(*n_neg <= limits.of(row0 + row + r));
-                    }
-                    row += n_group;
-                }
+            Rows::Predicted { .. } | Rows::Scored { .. } => {
+                let n_kept = keep::<L>(args, row0, rows);
                 let mut n_active = 0;
                 with_elements!(args.w.gate.data, w => {
                     for i in 0..n_kept {
@@ -473,6 +480,45 @@ unsafe fn gate_up_chunk<L: Signs>(args: &GateUp<'_>, chunk: usize) {
             }
         });
     }
+}
+
+/// Lists the rows from `row0` on, as many as `rows` has places, that the predictor keeps; returns their number.
+///
+/// # Safety
+/// That of [`gate_up_chunk`].
+#[inline(always)]
+unsafe fn keep<L: Signs + Scores>(args: &GateUp<'_>, row0: usize, rows: &mut [u32]) -> usize {
+    let n_rows = rows.len();
+    let (mut n_kept, mut row) = (0, row0);
+    while row < row0 + n_rows {
+        let n_group = signs::GROUP.min(row0 + n_rows - row);
+        // SAFETY: the rows lie in the matrices; the rest is the caller's promise.
+        let kept: [bool; signs::GROUP] = unsafe {
+            match &args.select {
+                Rows::All | Rows::Active => [true; signs::GROUP],
+                Rows::Predicted { signs, limits } => {
+                    let mut n_neg = [0; signs::GROUP];
+                    let words = signs.words.as_ptr().add(row * signs.n_words);
+                    L::n_neg(words, n_group, signs.n_words, args.x_words.as_ptr(), n_neg.as_mut_ptr());
+                    std::array::from_fn(|r| r < n_group && n_neg[r] <= limits.of(row + r))
+                }
+                Rows::Scored { planes, thresholds } => {
+                    let scores = scores::scores::<L>(planes, row, n_group, &args.quantised);
+                    let scale = args.quantised.scale;
+                    std::array::from_fn(|r| {
+                        r < n_group && scores::is_kept(scores[r], thresholds.of(row + r), scale)
+                    })
+                }
+            }
+        };
+        for (r, kept) in kept.into_iter().enumerate().take(n_group) {
+            // The place is written either way: a branch here would be taken at random.
+            rows[n_kept] = (row + r) as u32;
+            n_kept += usize::from(kept);
+        }
+        row += n_group;
+    }
+    n_kept
 }
 
 /// `y[cols] += sum_i h[i] * w_t[rows[i]][cols]` for the columns of `slice`.
@@ -575,6 +621,17 @@ pub(super) fn n_neg(isa: Isa, words: &[u32], x_words: &[u32], n_neg: &mut [u32])
     for (group, n_neg) in n_neg.chunks_mut(signs::GROUP).enumerate() {
         let rows = words[group * signs::GROUP * n_words..].as_ptr();
         dispatch!(isa, n_neg, rows, n_neg.len(), n_words, x_words.as_ptr(), n_neg.as_mut_ptr());
+    }
+}
+
+/// Scores of the rows of `planes` from `row0` on, as many as `out` has places.
+pub(super) fn scores(isa: Isa, planes: &BitPlanes<'_>, row0: usize, x: &Quantised<'_>, out: &mut [i32]) {
+    assert!(row0 + out.len() <= planes.signs.n_rows);
+    assert!(x.q.len() >= scores::q_len(planes.signs.n_words * 32));
+    for (group, out) in out.chunks_mut(signs::GROUP).enumerate() {
+        let row = row0 + group * signs::GROUP;
+        let scores = dispatch!(isa, scores, planes, row, out.len(), x);
+        out.copy_from_slice(&scores[..out.len()]);
     }
 }
 

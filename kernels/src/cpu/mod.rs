@@ -6,12 +6,13 @@ mod elementwise;
 mod gemm;
 mod lanes;
 mod pool;
+mod scores;
 mod signs;
 
 use crate::shape::check;
 use crate::{
-    Activation, AttentionShape, Elements, Limits, Matrix, Matvec, MlpCounts, MlpWeights, Rows, ShapeError,
-    SignMatrix,
+    Activation, AttentionShape, BitPlanes, Elements, Limits, Matrix, Matvec, MlpCounts, MlpWeights,
+    PLANES_MAX, Rows, ShapeError, SignMatrix, Thresholds,
 };
 
 /// Instruction set of the vector paths.
@@ -21,7 +22,7 @@ pub enum Isa {
     Portable,
     /// AVX2, FMA, F16C, POPCNT.
     Avx2,
-    /// AVX-512 F, BW, VL, VPOPCNTDQ.
+    /// AVX-512 F, BW, VL, VPOPCNTDQ, VNNI.
     Avx512,
 }
 
@@ -54,7 +55,8 @@ impl Isa {
         let avx512 = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512vl")
-            && is_x86_feature_detected!("avx512vpopcntdq");
+            && is_x86_feature_detected!("avx512vpopcntdq")
+            && is_x86_feature_detected!("avx512vnni");
         match (avx2, avx512) {
             (true, true) => Self::Avx512,
             (true, false) => Self::Avx2,
@@ -313,10 +315,18 @@ impl Cpu {
         let (scratch_rows, scratch_words) = scratch.decode.sizes();
         check("mlp scratch rows", n_rows, scratch_rows)?;
         check("mlp scratch words", n_cols.div_ceil(32), scratch_words)?;
-        if let Rows::Predicted { signs, limits } = rows {
-            check("sign rows", n_rows, signs.n_rows)?;
-            check_signs(signs, n_cols)?;
-            check_limits(limits, n_rows)?;
+        match rows {
+            Rows::All | Rows::Active => {}
+            Rows::Predicted { signs, limits } => {
+                check("sign rows", n_rows, signs.n_rows)?;
+                check_signs(signs, n_cols)?;
+                check_limits(limits, n_rows)?;
+            }
+            Rows::Scored { planes, thresholds } => {
+                check("sign rows", n_rows, planes.signs.n_rows)?;
+                check_planes(planes, n_cols)?;
+                check_thresholds(thresholds, n_rows)?;
+            }
         }
         Ok(decode::mlp(self.isa, &self.pool, w, rows, activation, x, &mut scratch.decode, y))
     }
@@ -362,20 +372,80 @@ impl Cpu {
         Ok(())
     }
 
-    /// `skip[row]` of the predictor alone. Shapes: `x (n_cols,)`, `skip (n_rows,)`.
+    /// `scores[token, row]` of a batch, in 8 bits of x, and each token's scale: a score divided by its scale is in
+    /// units of x. For calibration and tests. Shapes: `x (n_tokens, n_cols)`, `scores (n_tokens, n_rows)`,
+    /// `scales (n_tokens,)`.
+    pub fn scores(
+        &self,
+        planes: &BitPlanes<'_>,
+        n_tokens: usize,
+        x: &[f32],
+        scores: &mut [i32],
+        scales: &mut [f32],
+    ) -> Result<(), ShapeError> {
+        let n_rows = planes.signs.n_rows;
+        check("scores output", n_tokens * n_rows, scores.len())?;
+        check("scales output", n_tokens, scales.len())?;
+        if n_tokens == 0 || n_rows == 0 {
+            return Ok(());
+        }
+        let n_cols = x.len() / n_tokens;
+        check("scores input", n_tokens * n_cols, x.len())?;
+        check_planes(planes, n_cols)?;
+        let q_len = scores::q_len(n_cols);
+        let mut q = vec![0; n_tokens * q_len];
+        let quantise = |(token, q)| scores::quantise(&x[token * n_cols..][..n_cols], q);
+        let quantised: Vec<_> = q.chunks_exact_mut(q_len.max(1)).enumerate().map(quantise).collect();
+        if n_cols == 0 {
+            scores.fill(0);
+            scales.fill(0.0);
+            return Ok(());
+        }
+        for (scale, x) in scales.iter_mut().zip(&quantised) {
+            *scale = x.scale;
+        }
+        let scores = pool::Shared::new(scores);
+        let n_row_chunks = n_rows.div_ceil(SCORE_ROWS);
+        self.pool.run(n_tokens * n_row_chunks, &|chunk| {
+            // Tokens are inside, so that a chunk's planes stay in cache.
+            let (row, token) = (chunk / n_tokens * SCORE_ROWS, chunk % n_tokens);
+            let n_rows_here = SCORE_ROWS.min(n_rows - row);
+            // SAFETY: each chunk has its own rows of its own token.
+            let out = unsafe { scores.slice(token * n_rows + row, n_rows_here) };
+            decode::scores(self.isa, planes, row, &quantised[token], out);
+        });
+        Ok(())
+    }
+
+    /// `skip[token, row]` of what `rows` predicts, for a batch. Without a prediction nothing is skipped.
+    /// Shapes: `x (n_tokens, n_cols)`, `skip (n_tokens, n_rows)`.
     pub fn predict(
         &self,
-        signs: &SignMatrix<'_>,
-        limits: &Limits<'_>,
+        rows: &Rows<'_>,
+        n_tokens: usize,
         x: &[f32],
         skip: &mut [bool],
     ) -> Result<(), ShapeError> {
-        check("skip flags", signs.n_rows, skip.len())?;
-        check_limits(limits, signs.n_rows)?;
-        let mut n_neg = vec![0; signs.n_rows];
-        self.n_neg(signs, 1, x, &mut n_neg)?;
-        for (row, (skip, n_neg)) in skip.iter_mut().zip(n_neg).enumerate() {
-            *skip = n_neg > limits.of(row);
+        match rows {
+            Rows::All | Rows::Active => skip.fill(false),
+            Rows::Predicted { signs, limits } => {
+                check_limits(limits, signs.n_rows)?;
+                let mut n_neg = vec![0; skip.len()];
+                self.n_neg(signs, n_tokens, x, &mut n_neg)?;
+                for (idx, (skip, n_neg)) in skip.iter_mut().zip(n_neg).enumerate() {
+                    *skip = n_neg > limits.of(idx % signs.n_rows);
+                }
+            }
+            Rows::Scored { planes, thresholds } => {
+                let n_rows = planes.signs.n_rows;
+                check_thresholds(thresholds, n_rows)?;
+                let (mut scores, mut scales) = (vec![0; skip.len()], vec![0.0; n_tokens]);
+                self.scores(planes, n_tokens, x, &mut scores, &mut scales)?;
+                for (idx, (skip, score)) in skip.iter_mut().zip(scores).enumerate() {
+                    let (token, row) = (idx / n_rows, idx % n_rows);
+                    *skip = !scores::is_kept(score, thresholds.of(row), scales[token]);
+                }
+            }
         }
         Ok(())
     }
@@ -396,6 +466,8 @@ impl Cpu {
 const TOKENS: usize = 8;
 /// Rows in a chunk of [`Cpu::n_neg`].
 const N_NEG_ROWS: usize = 512;
+/// Rows in a chunk of [`Cpu::scores`].
+const SCORE_ROWS: usize = 256;
 
 fn check_matrix(w: &Matrix<'_>) -> Result<(), ShapeError> {
     check("matrix elements", w.n_rows * w.n_cols, w.data.len())
@@ -404,6 +476,20 @@ fn check_matrix(w: &Matrix<'_>) -> Result<(), ShapeError> {
 fn check_signs(signs: &SignMatrix<'_>, n_cols: usize) -> Result<(), ShapeError> {
     check("sign words in a row", n_cols.div_ceil(32), signs.n_words)?;
     check("sign words", signs.n_rows * signs.n_words, signs.words.len())
+}
+
+fn check_planes(planes: &BitPlanes<'_>, n_cols: usize) -> Result<(), ShapeError> {
+    check_signs(&planes.signs, n_cols)?;
+    let n_planes = planes.n_planes();
+    check("bit planes", n_planes.min(PLANES_MAX), n_planes)?;
+    check("words of lower planes", (n_planes - 1) * planes.signs.words.len(), planes.low.len())
+}
+
+fn check_thresholds(thresholds: &Thresholds<'_>, n_rows: usize) -> Result<(), ShapeError> {
+    match thresholds {
+        Thresholds::Layer(_) => Ok(()),
+        Thresholds::PerRow(thresholds) => check("thresholds", n_rows, thresholds.len()),
+    }
 }
 
 fn check_limits(limits: &Limits<'_>, n_rows: usize) -> Result<(), ShapeError> {
