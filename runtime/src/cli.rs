@@ -30,7 +30,13 @@ pub(crate) struct Cli {
     #[arg(short, long, value_name = "TEXT", help_heading = "Prompt", allow_hyphen_values = true)]
     prompt: Option<String>,
     /// Read the prompt from a file, - for stdin; a newline at its end is left out
-    #[arg(short = 'f', long = "file", value_name = "PATH", help_heading = "Prompt", conflicts_with = "prompt")]
+    #[arg(
+        short = 'f',
+        long = "file",
+        value_name = "PATH",
+        help_heading = "Prompt",
+        conflicts_with = "prompt"
+    )]
     prompt_file: Option<PathBuf>,
     /// Put the prompt in a chat format
     #[arg(long, value_name = "NAME", help_heading = "Prompt", value_parser = chat_names())]
