@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use clap::builder::PossibleValuesParser;
 use clap::error::ErrorKind;
-use clap::{CommandFactory, Parser, ValueEnum};
+use clap::{ArgAction, CommandFactory, Parser, ValueEnum};
 
 use runtime::MlpMode;
 use runtime::chat::ChatFormat;
@@ -18,6 +18,7 @@ use runtime::sampler::SamplerOptions;
 #[command(
     name = "runtime",
     version,
+    disable_help_flag = true,
     after_help = "Text goes to stdout, statistics and errors to stderr. \
                   Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted."
 )]
@@ -25,6 +26,10 @@ pub(crate) struct Cli {
     /// Model, made by `prep convert`
     #[arg(value_name = "FILE", required_unless_present = "list_devices")]
     pub(crate) file: Option<PathBuf>,
+
+    /// Print this help and stop
+    #[arg(short, long, action = ArgAction::HelpShort)]
+    help: Option<bool>,
 
     /// Prompt; with --bench, its number of tokens [bench default: 512]
     #[arg(short, long, value_name = "TEXT", help_heading = "Prompt", allow_hyphen_values = true)]
@@ -98,7 +103,7 @@ pub(crate) struct Cli {
     /// Threads, 0 for one on each core
     #[arg(short, long, value_name = "N", help_heading = "Machine", default_value_t = 0, value_parser = count(0..=1024))]
     pub(crate) threads: usize,
-    /// Which MLP rows decoding reads
+    /// MLP rows that decoding reads: those kept by the stored predictor, those that are active, or all
     #[arg(long, value_enum, value_name = "MODE", help_heading = "Machine", default_value_t = Predictor::Stored)]
     pub(crate) predictor: Predictor,
     /// Factor on the stored alphas: above 1 keeps more rows, below 1 fewer
@@ -156,11 +161,8 @@ struct Seed(Option<u64>);
 /// Values of `--predictor`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Predictor {
-    /// Rows that the predictor stored in the file keeps
     Stored,
-    /// Every gate row, up and down rows where active: equals dense
     Exact,
-    /// Every row
     Dense,
 }
 
@@ -185,11 +187,8 @@ impl Predictor {
 /// Values of `--output`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Table {
-    /// Markdown
     Md,
-    /// Comma-separated values
     Csv,
-    /// One JSON object
     Json,
 }
 
