@@ -70,6 +70,17 @@ pub enum Activation {
     Silu,
 }
 
+impl Activation {
+    /// Lower-case name, as in config.json.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Relu => "relu",
+            Self::FatRelu { .. } => "fatrelu",
+            Self::Silu => "silu",
+        }
+    }
+}
+
 /// Rotary position embedding.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rope {

@@ -1,5 +1,9 @@
 //! Tests of the format through its public face.
 
+mod damage;
+mod hostile;
+mod patch;
+mod random;
 mod round_trip;
 mod sample;
 mod writing;
