@@ -252,6 +252,22 @@ fn parse_point(
     Ok(CurvePoint { limit: limit as u32, rows_kept, recall, missed_energy })
 }
 
+/// Name, offset and length of every field, for the test that compares them with FORMAT.md.
+#[cfg(test)]
+pub(crate) fn fields() -> Vec<(&'static str, usize, usize)> {
+    vec![
+        KIND.info(),
+        LIMIT.info(),
+        ALPHA.info(),
+        ROWS_ACTIVE.info(),
+        ROWS_KEPT.info(),
+        RECALL.info(),
+        MISSED_ENERGY.info(),
+        N_TOKENS.info(),
+        RESERVED.info(),
+    ]
+}
+
 /// A share, or "not measured".
 fn is_share(value: f32) -> bool {
     value.is_nan() || (0.0..=1.0).contains(&value)

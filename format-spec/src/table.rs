@@ -217,6 +217,24 @@ fn check_shape(
     }
 }
 
+/// Name, offset and length of every field, for the test that compares them with FORMAT.md.
+#[cfg(test)]
+pub(crate) fn fields() -> Vec<(&'static str, usize, usize)> {
+    vec![
+        KIND.info(),
+        LAYER.info(),
+        DTYPE.info(),
+        ENCODING.info(),
+        FLAGS.info(),
+        N_DIMS.info(),
+        DIMS.info(),
+        OFFSET_BYTES.info(),
+        LEN_BYTES.info(),
+        XXH3.info(),
+        RESERVED.info(),
+    ]
+}
+
 /// The table's bytes.
 pub(crate) fn encode_table<'a>(sections: impl IntoIterator<Item = &'a Section>) -> Vec<u8> {
     sections.into_iter().flat_map(encode_row).collect()

@@ -1,6 +1,7 @@
 //! Tests of the format through its public face.
 
 mod damage;
+mod golden;
 mod hostile;
 mod patch;
 mod random;
