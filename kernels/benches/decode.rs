@@ -105,7 +105,7 @@ fn mlp(cpu: &Cpu, random: &mut Random, read: f64, hidden: usize, intermediate: u
             for row in gate.chunks_exact_mut(hidden) {
                 let lean = if random.next() % 100 < 11 { 1.0 } else { -1.0 };
                 for (w, x) in row.iter_mut().zip(&x) {
-                    if random.next() % 4 == 0 {
+                    if random.next().is_multiple_of(4) {
                         *w = f16::from_f32(w.to_f32().abs() * lean * x.signum());
                     }
                 }

@@ -200,16 +200,13 @@ proptest! {
                 || distance > 2.0 * TOLERANCE * magnitude(&gate, row, &x));
         }
         let (mut want, mut slack) = (vec![0.5; n_cols], vec![0.5; n_cols]);
-        for row in 0..n_rows {
-            if h[row] == 0.0 {
-                continue;
-            }
+        for (row, &h) in h.iter().enumerate().filter(|(_, h)| **h != 0.0) {
             let gate_terms = magnitude(&gate, row, &x);
             let up_terms = magnitude(&up, row, &x);
-            let bound = (gate_terms * up_terms).max(f64::from(h[row]).abs());
+            let bound = (gate_terms * up_terms).max(f64::from(h).abs());
             for col in 0..n_cols {
                 let down = f64::from(down_t.data.get(row * n_cols + col));
-                want[col] += f64::from(h[row]) * down;
+                want[col] += f64::from(h) * down;
                 slack[col] += 3.0 * bound * down.abs();
             }
         }
@@ -236,9 +233,9 @@ proptest! {
         let words = sign_words(&w);
         let signs = SignMatrix { words: &words, n_rows, n_words: n_cols.div_ceil(32) };
         let mut x = random.values(n_tokens * n_cols);
-        for i in 0..x.len() {
+        for x in &mut x {
             if random.below(10) == 0 {
-                x[i] = [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -1e-45][random.below(5) as usize];
+                *x = [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -1e-45][random.below(5) as usize];
             }
         }
         let limits: Vec<u32> = (0..n_rows).map(|_| random.below(n_cols as u64 + 1) as u32).collect();

@@ -40,6 +40,14 @@ pub enum RuntimeError {
         /// `max_position_embeddings`.
         max: usize,
     },
+    /// More tokens than one batch takes.
+    #[error("a batch holds at most {n_batch_max} tokens, {n_tokens} were given")]
+    BatchTooLarge {
+        /// Tokens given.
+        n_tokens: usize,
+        /// Most tokens of one batch.
+        n_batch_max: usize,
+    },
     /// A token id outside the vocabulary.
     #[error("token id {id} is outside the vocabulary of {vocab_size}")]
     TokenId {
@@ -48,4 +56,21 @@ pub enum RuntimeError {
         /// Size of the vocabulary.
         vocab_size: u32,
     },
+    /// Lengths that do not fit each other: a bug of this program, as the reader checks every shape.
+    #[error("internal: {0}")]
+    Shape(#[from] kernels::ShapeError),
+}
+
+impl RuntimeError {
+    /// What to do about it.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::Io { source, .. } if source.kind() == std::io::ErrorKind::IsADirectory => {
+                Some("make a .sinf file of a model folder first: prep convert FOLDER OUT.sinf")
+            }
+            Self::ContextFull { .. } => Some("raise -c/--ctx-size or shorten the prompt"),
+            Self::ContextTooLong { .. } => Some("lower -c/--ctx-size; longer contexts give strange text"),
+            _ => None,
+        }
+    }
 }

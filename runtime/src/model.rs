@@ -2,51 +2,188 @@
 
 use std::path::Path;
 
-use format_spec::{Layout, ModelConfig};
+use format_spec::{DType, Layout, ModelConfig, Section, SectionKind};
+use half::{bf16, f16};
+use kernels::{Elements, Matrix, MlpWeights, SignMatrix};
+use memmap2::Mmap;
 
 use crate::RuntimeError;
+use crate::map::map;
+
+#[cfg(target_endian = "big")]
+compile_error!("the weights of a .sinf file are little-endian and used in place");
 
 /// A mapped, validated file.
 #[derive(Debug)]
-pub struct Model {}
+pub struct Model {
+    map: Mmap,
+    layout: Layout,
+    path: String,
+}
+
+/// The weights of one layer, in the words of FORMAT.md.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LayerWeights<'m> {
+    pub(crate) attn_norm: &'m [f32],
+    pub(crate) w_q: Matrix<'m>,
+    pub(crate) w_k: Matrix<'m>,
+    pub(crate) w_v: Matrix<'m>,
+    pub(crate) w_o: Matrix<'m>,
+    pub(crate) mlp_norm: &'m [f32],
+    pub(crate) mlp: MlpWeights<'m>,
+    pub(crate) signs: SignMatrix<'m>,
+}
+
+/// All weights of a model as views of the map.
+#[derive(Clone, Debug)]
+pub(crate) struct Weights<'m> {
+    pub(crate) embedding: Matrix<'m>,
+    pub(crate) layers: Vec<LayerWeights<'m>>,
+    pub(crate) final_norm: &'m [f32],
+    pub(crate) lm_head: Matrix<'m>,
+}
 
 impl Model {
-    /// Maps and validates `path`.
+    /// Maps and validates `path`: header, section table and structure; checksums are `layout().verify()`'s.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Io`] when it cannot be mapped, [`RuntimeError::Format`] for the first broken rule.
     pub fn open(path: &Path) -> Result<Self, RuntimeError> {
-        let _ = path;
-        todo!()
+        let map = map(path)?;
+        let path = path.display().to_string();
+        let layout = match Layout::parse(map.as_deref().unwrap_or(&[])) {
+            Ok(layout) => layout,
+            Err(source) => return Err(RuntimeError::Format { path, source }),
+        };
+        let map = map.expect("an empty file is not valid");
+        Ok(Self { map, layout, path })
     }
 
     /// Dimensions and constants.
     pub fn config(&self) -> &ModelConfig {
-        todo!()
+        self.layout.config()
     }
 
     /// The validated structure.
     pub fn layout(&self) -> &Layout {
-        todo!()
+        &self.layout
     }
 
     /// The mapped bytes.
     pub fn bytes(&self) -> &[u8] {
-        todo!()
+        &self.map
     }
 
-    /// `|W_down[:, i]|^2` for every neuron i of `layer`, `(intermediate_size,)`: what a missed row costs is
-    /// `h_i^2` times it.
-    pub fn down_squared_norms(&self, layer: usize) -> Vec<f64> {
-        let _ = layer;
-        todo!()
-    }
-
-    /// Sign words of W_gate of `layer`.
-    pub fn gate_signs(&self, layer: usize) -> kernels::SignMatrix<'_> {
-        let _ = layer;
-        todo!()
+    /// The file's path, for messages.
+    pub fn path(&self) -> &str {
+        &self.path
     }
 
     /// The MLP's activation, as the kernels name it.
     pub fn activation(&self) -> kernels::Activation {
-        todo!()
+        match self.config().activation {
+            format_spec::Activation::Relu => kernels::Activation::Relu,
+            format_spec::Activation::FatRelu { threshold } => kernels::Activation::FatRelu(threshold),
+            format_spec::Activation::Silu => kernels::Activation::Silu,
+        }
+    }
+
+    /// Sign words of W_gate of `layer`, `(intermediate_size, ceil(hidden_size / 32))`.
+    ///
+    /// # Panics
+    /// If the model has no such layer.
+    pub fn gate_signs(&self, layer: usize) -> SignMatrix<'_> {
+        let words = self.words(SectionKind::GateSigns, Some(layer));
+        let config = self.config();
+        SignMatrix {
+            words,
+            n_rows: config.intermediate_size as usize,
+            n_words: config.hidden_size.div_ceil(32) as usize,
+        }
+    }
+
+    /// Gate projection of `layer`, `(intermediate_size, hidden_size)`.
+    ///
+    /// # Panics
+    /// If the model has no such layer.
+    pub fn w_gate(&self, layer: usize) -> Matrix<'_> {
+        self.matrix(SectionKind::WGate, Some(layer))
+    }
+
+    /// `|W_down[:, i]|^2` for every neuron i of `layer`, `(intermediate_size,)`: what a missed row costs is
+    /// `h_i^2` times it.
+    ///
+    /// # Panics
+    /// If the model has no such layer.
+    pub fn down_squared_norms(&self, layer: usize) -> Vec<f64> {
+        fn norms<T: Copy>(elements: &[T], n_cols: usize, to_f32: impl Fn(T) -> f32) -> Vec<f64> {
+            let square = |&v: &T| f64::from(to_f32(v)) * f64::from(to_f32(v));
+            elements.chunks_exact(n_cols).map(|row| row.iter().map(square).sum()).collect()
+        }
+        let w = self.matrix(SectionKind::WDownT, Some(layer));
+        match w.data {
+            Elements::F32(v) => norms(v, w.n_cols, |v| v),
+            Elements::F16(v) => norms(v, w.n_cols, f16::to_f32),
+            Elements::Bf16(v) => norms(v, w.n_cols, bf16::to_f32),
+        }
+    }
+
+    /// Views of all weights.
+    pub(crate) fn weights(&self) -> Weights<'_> {
+        let embedding = self.matrix(SectionKind::Embedding, None);
+        Weights {
+            embedding,
+            layers: (0..self.config().num_hidden_layers as usize).map(|layer| self.layer(layer)).collect(),
+            final_norm: self.floats(SectionKind::FinalNorm, None),
+            lm_head: if self.config().tie_word_embeddings {
+                embedding
+            } else {
+                self.matrix(SectionKind::LmHead, None)
+            },
+        }
+    }
+
+    fn layer(&self, layer: usize) -> LayerWeights<'_> {
+        let matrix = |kind| self.matrix(kind, Some(layer));
+        LayerWeights {
+            attn_norm: self.floats(SectionKind::AttnNorm, Some(layer)),
+            w_q: matrix(SectionKind::WQ),
+            w_k: matrix(SectionKind::WK),
+            w_v: matrix(SectionKind::WV),
+            w_o: matrix(SectionKind::WO),
+            mlp_norm: self.floats(SectionKind::MlpNorm, Some(layer)),
+            mlp: MlpWeights {
+                gate: matrix(SectionKind::WGate),
+                up: matrix(SectionKind::WUp),
+                down_t: matrix(SectionKind::WDownT),
+            },
+            signs: self.gate_signs(layer),
+        }
+    }
+
+    fn matrix(&self, kind: SectionKind, layer: Option<usize>) -> Matrix<'_> {
+        let section = self.section(kind, layer);
+        let bytes = section.bytes(&self.map);
+        let data = match section.dtype {
+            DType::F32 => Elements::F32(bytemuck::cast_slice(bytes)),
+            DType::F16 => Elements::F16(bytemuck::cast_slice(bytes)),
+            DType::Bf16 => Elements::Bf16(bytemuck::cast_slice(bytes)),
+            other => unreachable!("the reader accepts no weights of {other:?}"),
+        };
+        let dims = section.shape.dims();
+        Matrix::new(data, dims[0] as usize, dims[1] as usize).expect("the reader checked the length")
+    }
+
+    fn floats(&self, kind: SectionKind, layer: Option<usize>) -> &[f32] {
+        bytemuck::cast_slice(self.section(kind, layer).bytes(&self.map))
+    }
+
+    pub(crate) fn words(&self, kind: SectionKind, layer: Option<usize>) -> &[u32] {
+        bytemuck::cast_slice(self.section(kind, layer).bytes(&self.map))
+    }
+
+    fn section(&self, kind: SectionKind, layer: Option<usize>) -> &Section {
+        let section = self.layout.find(kind, layer.map(|layer| layer as u32));
+        section.unwrap_or_else(|| panic!("the reader checked that {kind:?} of layer {layer:?} is there"))
     }
 }

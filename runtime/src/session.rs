@@ -1,5 +1,10 @@
 //! A context being filled: weights by reference, cache and buffers of its own.
 
+use format_spec::calibration::{alpha_from_limit, limit_from_alpha};
+use format_spec::{PredictorKind, SectionKind};
+
+use crate::engine::{Batch, BatchLogits, Engine, RowChoice};
+use crate::forward::CpuEngine;
 use crate::{Model, RuntimeError};
 
 /// What a session needs to know up front.
@@ -41,6 +46,9 @@ pub struct MlpBatch<'a> {
     pub gate: &'a [f32],
     /// `act(gate) * up` before any mask, `(n_tokens, intermediate_size)`.
     pub h: &'a [f32],
+    /// Sign disagreements of every row with `x`, `(n_tokens, intermediate_size)`; empty unless
+    /// [`MlpObserver::wants_n_neg`].
+    pub n_neg: &'a [u32],
     /// Rows that the mask leaves out, `(n_tokens, intermediate_size)`; empty when the pass is not masked or the
     /// layer predicts nothing.
     pub skip: &'a [bool],
@@ -48,6 +56,11 @@ pub struct MlpBatch<'a> {
 
 /// Sees every layer's MLP of a batch, in layer order.
 pub trait MlpObserver {
+    /// True if [`MlpBatch::n_neg`] is to be filled.
+    fn wants_n_neg(&self) -> bool {
+        false
+    }
+
     /// Called once for each layer of each batch, before the down projection.
     fn mlp(&mut self, batch: &MlpBatch<'_>);
 }
@@ -75,79 +88,116 @@ pub struct LayerUsage {
 /// A context being filled.
 #[derive(Debug)]
 pub struct Session<'m> {
-    _model: &'m Model,
+    model: &'m Model,
+    engine: Box<dyn Engine + 'm>,
+    n_positions: usize,
+    n_positions_max: usize,
+    n_batch_max: usize,
+    limits: Vec<Option<u32>>,
+    usage: Usage,
 }
 
 impl<'m> Session<'m> {
     /// Allocates everything that decoding needs.
+    ///
+    /// # Errors
+    /// [`RuntimeError::ContextTooLong`].
     pub fn new(model: &'m Model, options: &SessionOptions) -> Result<Self, RuntimeError> {
-        let _ = options;
-        Ok(Self { _model: model })
+        let max = model.config().max_position_embeddings as usize;
+        if options.n_positions_max > max {
+            return Err(RuntimeError::ContextTooLong { wanted: options.n_positions_max, max });
+        }
+        let options = SessionOptions { n_batch_max: options.n_batch_max.max(1), ..options.clone() };
+        let mut session = Self {
+            model,
+            engine: Box::new(CpuEngine::new(model, &options)),
+            n_positions: 0,
+            n_positions_max: options.n_positions_max,
+            n_batch_max: options.n_batch_max,
+            limits: Vec::new(),
+            usage: Usage::default(),
+        };
+        session.set_mode(options.mode, options.alpha_scale);
+        session.reset_usage();
+        Ok(session)
     }
 
     /// The model.
     pub fn model(&self) -> &'m Model {
-        todo!()
+        self.model
     }
 
     /// Forgets all positions.
     pub fn reset(&mut self) {
-        todo!()
+        self.n_positions = 0;
     }
 
     /// Changes the rows that decode reads; the context stays.
     pub fn set_mode(&mut self, mode: MlpMode, alpha_scale: f64) {
-        let _ = (mode, alpha_scale);
-        todo!()
+        let n_layers = self.model.config().num_hidden_layers;
+        let choice = |layer| RowChoice::new(mode, stored_rows(self.model, layer, alpha_scale));
+        let rows: Vec<RowChoice> = (0..n_layers).map(choice).collect();
+        self.limits = rows
+            .iter()
+            .map(|choice| match choice {
+                RowChoice::All | RowChoice::Active => None,
+                RowChoice::Limit(limit) => Some(*limit),
+                RowChoice::RowLimits(limits) => limits.iter().max().copied(),
+            })
+            .collect();
+        self.engine.set_rows(rows);
     }
 
     /// Positions filled.
     pub fn n_positions(&self) -> usize {
-        todo!()
+        self.n_positions
     }
 
     /// Positions that the cache holds.
     pub fn n_positions_max(&self) -> usize {
-        todo!()
+        self.n_positions_max
     }
 
     /// What runs the model, for people: `cpu (avx512, 2 threads)`.
     pub fn backend(&self) -> String {
-        todo!()
+        self.engine.describe()
     }
 
-    /// The limits on n_neg that the session's mode uses, one per layer; `None` where a layer predicts nothing.
+    /// The limits on n_neg that decoding uses, one per layer (the largest where rows have their own); `None` where a
+    /// layer predicts nothing.
     pub fn limits(&self) -> &[Option<u32>] {
-        todo!()
+        &self.limits
     }
 
     /// What decoding has read since the last [`Session::reset_usage`].
     pub fn usage(&self) -> &Usage {
-        todo!()
+        &self.usage
     }
 
     /// Starts counting anew.
     pub fn reset_usage(&mut self) {
-        todo!()
+        let n_layers = self.model.config().num_hidden_layers as usize;
+        self.usage = Usage { n_tokens: 0, n_bytes: 0, layers: vec![LayerUsage::default(); n_layers] };
     }
 
     /// Plain read bandwidth of the backend over fresh memory, in GB/s (10^9), now.
     pub fn measure_read_gb_per_s(&self) -> f64 {
-        todo!()
-    }
-
-    /// The CPU backend, for callers that need one kernel (calibration's n_neg).
-    pub fn cpu(&self) -> &kernels::Cpu {
-        todo!()
+        self.engine.measure_read_gb_per_s()
     }
 
     /// Dense pass over `tokens` in batches, appended to the context; logits of the last one, `(vocab_size,)`.
+    /// Without tokens: the logits of the last call.
     ///
     /// # Errors
-    /// [`RuntimeError::ContextFull`] before anything is computed; [`RuntimeError::TokenId`].
+    /// [`RuntimeError::ContextFull`] and [`RuntimeError::TokenId`], before anything is computed.
     pub fn prefill(&mut self, tokens: &[u32]) -> Result<&[f32], RuntimeError> {
-        let _ = tokens;
-        todo!()
+        self.check(tokens)?;
+        let n_batches = tokens.len().div_ceil(self.n_batch_max);
+        for (idx, tokens) in tokens.chunks(self.n_batch_max).enumerate() {
+            let logits = if idx + 1 == n_batches { BatchLogits::Last } else { BatchLogits::None };
+            self.append(tokens, false, logits, None)?;
+        }
+        Ok(self.engine.logits())
     }
 
     /// One token through all layers, reading the rows that the mode selects; logits of the next, `(vocab_size,)`.
@@ -155,15 +205,17 @@ impl<'m> Session<'m> {
     /// # Errors
     /// As [`Session::prefill`].
     pub fn decode(&mut self, token: u32) -> Result<&[f32], RuntimeError> {
-        let _ = token;
-        todo!()
+        self.check(&[token])?;
+        self.engine.decode(token, self.n_positions, &mut self.usage)?;
+        self.n_positions += 1;
+        Ok(self.engine.logits())
     }
 
     /// One batch (at most `n_batch_max` tokens) appended to the context. With `masked`, rows that the session's mode
     /// would skip contribute nothing, as in decode. `logits`, where wanted: `(n_tokens, vocab_size)`.
     ///
     /// # Errors
-    /// As [`Session::prefill`].
+    /// As [`Session::prefill`]; [`RuntimeError::BatchTooLarge`]; [`RuntimeError::Shape`] for logits of another length.
     pub fn forward_batch(
         &mut self,
         tokens: &[u32],
@@ -171,7 +223,57 @@ impl<'m> Session<'m> {
         logits: Option<&mut [f32]>,
         observer: Option<&mut dyn MlpObserver>,
     ) -> Result<(), RuntimeError> {
-        let _ = (tokens, masked, logits, observer);
-        todo!()
+        self.check(tokens)?;
+        if tokens.len() > self.n_batch_max {
+            return Err(RuntimeError::BatchTooLarge {
+                n_tokens: tokens.len(),
+                n_batch_max: self.n_batch_max,
+            });
+        }
+        self.append(tokens, masked, logits.map_or(BatchLogits::None, BatchLogits::All), observer)
+    }
+
+    fn append(
+        &mut self,
+        tokens: &[u32],
+        masked: bool,
+        logits: BatchLogits<'_>,
+        observer: Option<&mut dyn MlpObserver>,
+    ) -> Result<(), RuntimeError> {
+        let first_position = self.n_positions;
+        self.engine.forward_batch(Batch { tokens, first_position, masked, logits }, observer)?;
+        self.n_positions += tokens.len();
+        Ok(())
+    }
+
+    /// That `tokens` are tokens and that the context has room for them.
+    fn check(&self, tokens: &[u32]) -> Result<(), RuntimeError> {
+        let wanted = self.n_positions + tokens.len();
+        if wanted > self.n_positions_max {
+            return Err(RuntimeError::ContextFull { wanted, n_positions_max: self.n_positions_max });
+        }
+        let vocab_size = self.model.config().vocab_size;
+        match tokens.iter().find(|&&id| id >= vocab_size) {
+            Some(&id) => Err(RuntimeError::TokenId { id, vocab_size }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What the file's record for `layer` keeps, its alpha multiplied by `alpha_scale`; `None` where it predicts nothing.
+fn stored_rows(model: &Model, layer: u32, alpha_scale: f64) -> Option<RowChoice> {
+    let hidden_size = model.config().hidden_size;
+    let scaled = |limit: u32, alpha: f64| {
+        if alpha_scale == 1.0 { limit } else { limit_from_alpha(alpha * alpha_scale, hidden_size) }
+    };
+    let record = &model.layout().predictors()[layer as usize];
+    match record.kind {
+        PredictorKind::Off => None,
+        PredictorKind::Sign => Some(RowChoice::Limit(scaled(record.limit, f64::from(record.alpha)))),
+        PredictorKind::SignPerRow => {
+            let limits = model.words(SectionKind::GateLimits, Some(layer as usize)).iter();
+            let scaled = limits.map(|&limit| scaled(limit, alpha_from_limit(limit, hidden_size)));
+            Some(RowChoice::RowLimits(scaled.collect()))
+        }
     }
 }

@@ -326,6 +326,7 @@ unsafe fn block<L: Lanes, const B: usize, const WIDE: usize>(
 ///
 /// # Safety
 /// `head_dim` values at each q, `n_positions` rows of them at `k`; the processor has the instruction set of `L`.
+#[expect(clippy::needless_range_loop, reason = "the index names a register of each of several arrays")]
 #[inline(always)]
 unsafe fn score<L: Lanes, T: Element, const B: usize>(
     q: [*const f32; B],
@@ -492,6 +493,7 @@ unsafe fn put<L: Lanes>(out: *mut f32, n: usize, new: L::V, into: Into) {
 /// # Safety
 /// `n_positions` rows of `head_dim` values at `v`, room for `head_dim` values at each `out`; the processor has the
 /// instruction set of `L`.
+#[expect(clippy::needless_range_loop, reason = "the index names a register of each of several arrays")]
 #[inline(always)]
 unsafe fn values<L: Lanes, T: Element, const B: usize, const WIDE: usize>(
     weights: &[[f32; CHUNK]; B],

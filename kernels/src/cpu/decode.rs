@@ -237,6 +237,7 @@ unsafe fn dots<L: Lanes, T: Element>(
 ///
 /// # Safety
 /// `n_cols` elements are readable at each row and at `x`, the processor has the instruction set of `L`.
+#[expect(clippy::needless_range_loop, reason = "the index names a register of each of several arrays")]
 #[inline(always)]
 unsafe fn dot<L: Lanes, T: Element, const R: usize>(
     rows: [*const T; R],
@@ -330,6 +331,7 @@ struct Down<'a> {
 }
 
 /// One token's MLP; shapes and scratch fit.
+#[expect(clippy::too_many_arguments, reason = "a call of the equation, each argument one of its terms")]
 pub(super) fn mlp(
     isa: Isa,
     pool: &Pool,

@@ -1,0 +1,53 @@
+//! A decode step allocates nothing: a process of its own, as the counting allocator sees every thread.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use integration_tests::bundled_sinf;
+use runtime::{MlpMode, Model, Session, SessionOptions};
+
+static N_ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+
+struct Counting;
+
+// SAFETY: every call goes to the system's allocator unchanged.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        N_ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller's promise.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+fn n_allocations(f: impl FnOnce()) -> u64 {
+    let before = N_ALLOCATIONS.load(Ordering::Relaxed);
+    f();
+    N_ALLOCATIONS.load(Ordering::Relaxed) - before
+}
+
+#[test]
+fn a_decode_step_allocates_nothing() {
+    assert!(n_allocations(|| drop(std::hint::black_box(Box::new(1)))) > 0, "the allocator counts");
+    let model = Model::open(bundled_sinf()).expect("the converted model opens");
+    for mode in [MlpMode::Stored, MlpMode::Exact, MlpMode::Dense] {
+        let options =
+            SessionOptions { n_positions_max: 64, n_batch_max: 8, n_threads: 2, mode, alpha_scale: 1.0 };
+        let mut session = Session::new(&model, &options).expect("a session");
+        session.prefill(&[1, 325, 3299, 2064]).expect("the prompt");
+        session.decode(300).expect("the first token");
+        let n = n_allocations(|| {
+            for token in 301..333 {
+                session.decode(token).expect("a token");
+            }
+        });
+        assert_eq!(n, 0, "{mode:?}: allocations in 32 decode steps");
+    }
+}
