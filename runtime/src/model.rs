@@ -91,9 +91,6 @@ impl Model {
 
     /// Sign words of W_gate of `layer`, `(intermediate_size, ceil(hidden_size / 32))`; a file made without prediction
     /// has none.
-    ///
-    /// # Panics
-    /// If the model has no such layer.
     fn gate_signs(&self, layer: usize) -> Option<SignMatrix<'_>> {
         let section = self.layout.find(SectionKind::GateSigns, Some(layer as u32))?;
         let config = self.config();
@@ -102,14 +99,6 @@ impl Model {
             n_rows: config.intermediate_size as usize,
             n_words: config.hidden_size.div_ceil(32) as usize,
         })
-    }
-
-    /// Gate projection of `layer`, `(intermediate_size, hidden_size)`.
-    ///
-    /// # Panics
-    /// If the model has no such layer.
-    pub fn w_gate(&self, layer: usize) -> Matrix<'_> {
-        self.matrix(SectionKind::WGate, Some(layer))
     }
 
     /// `|W_down[:, i]|^2` for every neuron i of `layer`, `(intermediate_size,)`: what a missed row costs is
