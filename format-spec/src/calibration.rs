@@ -32,6 +32,22 @@ pub enum PredictorKind {
     SignPerRow = 2,
 }
 
+impl PredictorKind {
+    /// Lower-case name, as in messages and `prep inspect`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Sign => "sign",
+            Self::SignPerRow => "sign_per_row",
+        }
+    }
+
+    /// The code in the file.
+    pub fn code(self) -> u32 {
+        self as u32
+    }
+}
+
 /// One layer's predictor with the statistics it was chosen by. NaN statistics mean "not measured".
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PredictorRecord {
@@ -75,11 +91,14 @@ pub type CalibrationCurve = Vec<CurvePoint>;
 ///
 /// Computed in f64. `alpha` that is negative or NaN gives 0; infinity gives `hidden_size` (keep all).
 pub fn limit_from_alpha(alpha: f64, hidden_size: u32) -> u32 {
-    if alpha.is_infinite() && alpha > 0.0 {
+    if alpha.is_nan() || alpha <= 0.0 {
+        return 0;
+    }
+    if alpha.is_infinite() {
         return hidden_size;
     }
     let limit = (alpha * f64::from(hidden_size) / (1.0 + alpha)).floor();
-    if limit > 0.0 { (limit as u32).min(hidden_size) } else { 0 }
+    (limit as u32).min(hidden_size)
 }
 
 /// An alpha that folds into exactly `limit`: the middle of the interval that does.
@@ -95,7 +114,7 @@ impl PredictorRecord {
     fn encode(&self) -> [u8; RECORD_LEN] {
         let mut record = [0; RECORD_LEN];
         let block = &mut record[..];
-        KIND.put(block, (self.kind as u32).to_le_bytes());
+        KIND.put(block, self.kind.code().to_le_bytes());
         LIMIT.put(block, self.limit.to_le_bytes());
         ALPHA.put(block, float_bytes(self.alpha));
         ROWS_ACTIVE.put(block, float_bytes(self.rows_active));
@@ -139,7 +158,7 @@ impl PredictorRecord {
         };
         if config.activation == Activation::Silu && self.kind != PredictorKind::Off {
             let (place, layer) = (at.of(KIND), at.layer);
-            return Err(FormatError::PredictorNotSparse { place, layer, found: self.kind });
+            return Err(FormatError::PredictorNotSparse { place, layer, found: self.kind.name() });
         }
         if self.limit > config.hidden_size {
             let expected = format!("at most hidden_size {}", config.hidden_size);
@@ -233,6 +252,22 @@ fn parse_point(
     Ok(CurvePoint { limit: limit as u32, rows_kept, recall, missed_energy })
 }
 
+/// Name, offset and length of every field, for the test that compares them with FORMAT.md.
+#[cfg(test)]
+pub(crate) fn fields() -> Vec<(&'static str, usize, usize)> {
+    vec![
+        KIND.info(),
+        LIMIT.info(),
+        ALPHA.info(),
+        ROWS_ACTIVE.info(),
+        ROWS_KEPT.info(),
+        RECALL.info(),
+        MISSED_ENERGY.info(),
+        N_TOKENS.info(),
+        RESERVED.info(),
+    ]
+}
+
 /// A share, or "not measured".
 fn is_share(value: f32) -> bool {
     value.is_nan() || (0.0..=1.0).contains(&value)
@@ -277,5 +312,43 @@ impl CurvePlace {
         let point = self.layer as usize * self.n_points + self.point;
         let place = self.start.plus(point * POINT_LEN + value * 4);
         FormatError::Curve { place, layer: self.layer, point: self.point as u64, field, found, expected }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn alpha_folds_into_the_rule_it_stands_for() {
+        for hidden_size in [1, 7, 256, 352, 4096, 5120] {
+            for alpha in [0.0, 0.3, 0.5, 0.75, 1.0, 1.02, 1.25, 1.5, 2.0, 3.0, 1e9] {
+                let limit = limit_from_alpha(alpha, hidden_size);
+                let is_skipped = |n_neg| f64::from(n_neg) > alpha * f64::from(hidden_size - n_neg);
+                assert!(!is_skipped(limit), "alpha {alpha}, {hidden_size} columns: {limit} is too large");
+                let is_last = limit == hidden_size || is_skipped(limit + 1);
+                assert!(is_last, "alpha {alpha}, {hidden_size} columns: {limit} is too small");
+            }
+        }
+    }
+
+    #[test]
+    fn odd_alphas_have_limits() {
+        for alpha in [f64::NAN, -0.0, -0.5, -1.0, -2.0, f64::NEG_INFINITY, f64::MIN_POSITIVE] {
+            assert_eq!(limit_from_alpha(alpha, 100), 0, "alpha {alpha}");
+        }
+        for alpha in [f64::INFINITY, f64::MAX] {
+            assert_eq!(limit_from_alpha(alpha, 100), 100, "alpha {alpha}");
+        }
+    }
+
+    #[test]
+    fn an_alpha_stored_as_f32_folds_back() {
+        for hidden_size in [1, 2, 33, 352, 4096, 5120, 1 << 20] {
+            for limit in (0..=hidden_size).step_by(1 + hidden_size as usize / 999).chain([hidden_size]) {
+                let alpha = alpha_from_limit(limit, hidden_size) as f32;
+                assert_eq!(limit_from_alpha(f64::from(alpha), hidden_size), limit, "{hidden_size} columns");
+            }
+        }
     }
 }

@@ -259,8 +259,8 @@ pub enum FormatError {
     },
 
     // Extents of sections.
-    /// A section does not start on the file's alignment.
-    #[error("{place}: offset_bytes is {found}, expected a multiple of {alignment_bytes}")]
+    /// A section, or the table, does not start on the file's alignment.
+    #[error("{place}: starts at byte {found}, expected a multiple of {alignment_bytes}")]
     Unaligned {
         /// Where.
         place: Place,
@@ -314,6 +314,12 @@ pub enum FormatError {
         /// Where the table starts.
         table_offset_bytes: u64,
     },
+    /// A section has no bytes.
+    #[error("{place}: len_bytes is 0")]
+    Empty {
+        /// Where.
+        place: Place,
+    },
     /// A byte between sections is not zero.
     #[error("padding before {before} at byte {offset_bytes} is {found:#04x}, expected 0")]
     Padding {
@@ -361,14 +367,14 @@ pub enum FormatError {
         expected: String,
     },
     /// The encoding is not the section kind's.
-    #[error("{place}: encoding is {found:?}, expected {expected:?}")]
+    #[error("{place}: encoding is {found}, expected {expected}")]
     Encoding {
         /// Where.
         place: Place,
-        /// The encoding.
-        found: crate::Encoding,
-        /// The accepted one.
-        expected: crate::Encoding,
+        /// Name of the encoding.
+        found: &'static str,
+        /// Name of the accepted one.
+        expected: &'static str,
     },
     /// The number of dimensions is wrong, a dimension is zero, or an unused one is not.
     #[error("{place}: {n_dims} dimensions {dims:?}, expected one to four that are not 0, and 0 in the rest")]
@@ -465,14 +471,14 @@ pub enum FormatError {
         expected: String,
     },
     /// A model whose activation has no zeros names a predictor.
-    #[error("{place}: layer {layer} has predictor {found:?}, expected Off as the activation is silu")]
+    #[error("{place}: layer {layer} has predictor {found}, expected off as the activation is silu")]
     PredictorNotSparse {
         /// Where.
         place: Place,
         /// The layer.
         layer: u32,
-        /// The predictor.
-        found: crate::PredictorKind,
+        /// Name of the predictor.
+        found: &'static str,
     },
     /// A limit per row is larger than there are columns.
     #[error("{place}: the limit of row {row} is {found}, expected at most {max}")]

@@ -41,6 +41,11 @@ impl<const N: usize> Field<N> {
         block[self.offset..self.end()].copy_from_slice(&bytes);
     }
 
+    #[cfg(test)]
+    pub(crate) fn info(self) -> (&'static str, usize, usize) {
+        (self.name, self.offset, N)
+    }
+
     /// Position in the file of the field's first byte that is not zero, for a block at `block_offset_bytes`.
     pub(crate) fn first_nonzero(self, block: &[u8], block_offset_bytes: u64) -> Option<u64> {
         let at = self.get(block).iter().position(|&byte| byte != 0)?;

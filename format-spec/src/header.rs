@@ -70,6 +70,17 @@ pub enum Activation {
     Silu,
 }
 
+impl Activation {
+    /// Lower-case name, as in config.json.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Relu => "relu",
+            Self::FatRelu { .. } => "fatrelu",
+            Self::Silu => "silu",
+        }
+    }
+}
+
 /// Rotary position embedding.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rope {
@@ -283,6 +294,42 @@ impl Header {
 /// Where the header states the extent of the section table.
 pub(crate) fn table_place() -> Place {
     place(TABLE_OFFSET_BYTES)
+}
+
+/// Name, offset and length of every field, for the test that compares them with FORMAT.md.
+#[cfg(test)]
+pub(crate) fn fields() -> Vec<(&'static str, usize, usize)> {
+    vec![
+        MAGIC.info(),
+        MAJOR.info(),
+        MINOR.info(),
+        ENDIANNESS.info(),
+        HEADER_LEN_BYTES.info(),
+        ALIGNMENT_BYTES.info(),
+        TOTAL_LEN_BYTES.info(),
+        TABLE_OFFSET_BYTES.info(),
+        N_SECTIONS.info(),
+        FLAGS.info(),
+        HIDDEN_SIZE.info(),
+        INTERMEDIATE_SIZE.info(),
+        NUM_HIDDEN_LAYERS.info(),
+        NUM_ATTENTION_HEADS.info(),
+        NUM_KEY_VALUE_HEADS.info(),
+        HEAD_DIM.info(),
+        VOCAB_SIZE.info(),
+        MAX_POSITION_EMBEDDINGS.info(),
+        ROPE_THETA.info(),
+        ROPE_SCALING_FACTOR.info(),
+        ROPE_SCALING.info(),
+        RMS_NORM_EPS.info(),
+        ACTIVATION.info(),
+        ACTIVATION_THRESHOLD.info(),
+        BOS_TOKEN_ID.info(),
+        EOS_TOKEN_IDS.info(),
+        RESERVED.info(),
+        DIGEST.info(),
+        HEADER_CHECKSUM.info(),
+    ]
 }
 
 /// The alignment is a power of two in its range.

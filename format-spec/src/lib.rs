@@ -10,6 +10,8 @@ mod checksum;
 pub mod dtype;
 pub mod error;
 mod field;
+#[cfg(test)]
+mod format_text;
 pub mod header;
 pub mod metadata;
 mod partial;

@@ -68,7 +68,7 @@ impl Layout {
 
     /// The section of `kind` for `layer` (`None` for whole-model kinds).
     pub fn find(&self, kind: SectionKind, layer: Option<u32>) -> Option<&Section> {
-        self.table.find(kind, layer)
+        Some(self.table.find(kind, layer)?.section)
     }
 
     /// One record per layer.
@@ -84,7 +84,7 @@ impl Layout {
     /// The tokenizer, decompressed under a bound and checked against the vocabulary.
     pub fn tokenizer(&self, file: &[u8]) -> Result<Tokenizer, FormatError> {
         let kind = SectionKind::Tokenizer;
-        let entry = self.table.entry(kind, None).ok_or(FormatError::MissingSection { kind, layer: None })?;
+        let entry = self.table.find(kind, None).ok_or(FormatError::MissingSection { kind, layer: None })?;
         let tokenizer: Tokenizer = metadata::decode(entry.section.bytes(file), entry.extent.place())?;
         tokenizer.check(self.config(), entry.extent.place())?;
         Ok(tokenizer)
@@ -92,14 +92,14 @@ impl Layout {
 
     /// Where the file came from, if it says so.
     pub fn provenance(&self, file: &[u8]) -> Result<Option<Provenance>, FormatError> {
-        let entry = self.table.entry(SectionKind::Provenance, None);
+        let entry = self.table.find(SectionKind::Provenance, None);
         entry.map(|entry| metadata::decode(entry.section.bytes(file), entry.extent.place())).transpose()
     }
 
     /// Calibration curves, one per layer, if the file has them.
     pub fn calibration_curves(&self, file: &[u8]) -> Result<Option<Vec<CalibrationCurve>>, FormatError> {
-        let entry = self.table.entry(SectionKind::CalibrationCurves, None);
-        let parse = |Entry { section, extent }: Entry| {
+        let entry = self.table.find(SectionKind::CalibrationCurves, None);
+        let parse = |Entry { section, extent }: Entry<'_>| {
             let n_points = section.shape.dims()[1] as usize;
             parse_curves(extent.place(), section.bytes(file), n_points, self.config())
         };
@@ -109,9 +109,13 @@ impl Layout {
     /// Recomputes every section checksum and the whole-file digest, and compares the sign words with the weights;
     /// `progress` gets the bytes done so far.
     ///
-    /// `file` may have changed since it was validated, as long as its length has not: every flipped bit is found.
+    /// `file` may have changed since it was validated: every flipped bit is found.
     pub fn verify(&self, file: &[u8], progress: &mut dyn FnMut(u64)) -> Result<(), FormatError> {
         let header = Header::parse(file)?;
+        if header != self.header {
+            let (found, expected) = (header.digest, self.header.digest);
+            return Err(FormatError::Digest { found, expected });
+        }
         let mut digest = FileHasher::new();
         let mut end = HEADER_LEN;
         for extent in &self.table.extents {
@@ -122,7 +126,7 @@ impl Layout {
         }
         digest.update(&file[end..]);
         let (found, expected) = (digest.finish(&file[..DIGESTED_HEADER_LEN]), self.header.digest);
-        if found != expected || header.digest != expected {
+        if found != expected {
             return Err(FormatError::Digest { found, expected });
         }
         self.verify_signs(file)?;
@@ -132,7 +136,7 @@ impl Layout {
 
     fn verify_signs(&self, file: &[u8]) -> Result<(), FormatError> {
         let n_cols = self.config().hidden_size;
-        for Entry { section, extent } in self.table.entries(SectionKind::GateSigns) {
+        for Entry { section, extent } in self.table.of_kind(SectionKind::GateSigns) {
             let Some(weights) = self.find(SectionKind::WGate, section.layer) else { continue };
             let (signs, weights, dtype) = (section.bytes(file), weights.bytes(file), weights.dtype);
             if let Some(row) = signs::first_wrong_row(signs, weights, dtype, n_cols) {
@@ -166,7 +170,7 @@ fn parse_predictors(
     config: &ModelConfig,
 ) -> Result<Vec<PredictorRecord>, FormatError> {
     let kind = SectionKind::Predictors;
-    let entry = table.entry(kind, None).ok_or(FormatError::MissingSection { kind, layer: None })?;
+    let entry = table.find(kind, None).ok_or(FormatError::MissingSection { kind, layer: None })?;
     let records = parse_records(entry.extent.place(), entry.section.bytes(file), config)?;
     check_predictor_sections(&records, |kind, layer| table.find(kind, layer).is_some())?;
     Ok(records)
@@ -193,7 +197,7 @@ pub(crate) fn check_predictor_sections(
 
 fn check_signs(table: &Table, file: &[u8], config: &ModelConfig) -> Result<(), FormatError> {
     let n_cols = config.hidden_size;
-    for Entry { section, extent } in table.entries(SectionKind::GateSigns) {
+    for Entry { section, extent } in table.of_kind(SectionKind::GateSigns) {
         if let Some((row, found)) = signs::first_stray_tail(section.bytes(file), n_cols) {
             let row_bytes = signs::n_words(n_cols) as usize * 4;
             let place = extent.place().plus((row as usize + 1) * row_bytes - 4);
@@ -205,7 +209,7 @@ fn check_signs(table: &Table, file: &[u8], config: &ModelConfig) -> Result<(), F
 
 fn check_limits(table: &Table, file: &[u8], config: &ModelConfig) -> Result<(), FormatError> {
     let max = config.hidden_size;
-    for Entry { section, extent } in table.entries(SectionKind::GateLimits) {
+    for Entry { section, extent } in table.of_kind(SectionKind::GateLimits) {
         let limits = section.bytes(file).as_chunks::<4>().0.iter().map(|&limit| u32::from_le_bytes(limit));
         if let Some((row, found)) = (0..).zip(limits).find(|&(_, limit)| limit > max) {
             let place = extent.place().plus(row as usize * 4);

@@ -185,6 +185,14 @@ pub struct Shape {
 }
 
 impl Encoding {
+    /// Lower-case name, as in messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::BincodeZstd => "bincode_zstd",
+        }
+    }
+
     /// The code in the file.
     pub fn code(self) -> u32 {
         self as u32
@@ -254,6 +262,9 @@ pub struct Section {
 
 impl Section {
     /// This section's bytes in `file`, which MUST be the bytes that were validated.
+    ///
+    /// # Panics
+    /// If `file` is shorter than those.
     pub fn bytes<'a>(&self, file: &'a [u8]) -> &'a [u8] {
         &file[self.offset_bytes as usize..(self.offset_bytes + self.len_bytes) as usize]
     }

@@ -44,22 +44,22 @@ impl Extent {
     }
 }
 
-/// A known section and its row.
-#[derive(Clone, Debug)]
-pub(crate) struct Entry {
-    pub(crate) section: Section,
-    pub(crate) extent: Extent,
+/// A known section and its place in the file.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Entry<'a> {
+    pub(crate) section: &'a Section,
+    pub(crate) extent: &'a Extent,
 }
 
-/// The checked table. Sorted keys give sections by kind and layer.
+/// The checked table.
 #[derive(Clone, Debug)]
 pub(crate) struct Table {
     /// Known sections in file order.
     pub(crate) sections: Vec<Section>,
     /// All sections in file order.
     pub(crate) extents: Vec<Extent>,
-    /// Kind, layer, index in `sections`, index in `extents`; ascending.
-    keys: Vec<(SectionKind, Option<u32>, usize, usize)>,
+    /// Ascending, so that sections are found by kind and layer.
+    keys: Vec<Key>,
 }
 
 impl Table {
@@ -75,62 +75,64 @@ impl Table {
             let extent = row.extent(previous_offset, end)?;
             (previous_offset, end) = (Some(extent.offset_bytes), extent.end());
             if let Some(section) = row.section(&extent)? {
-                table.keys.push((section.kind, section.layer, table.sections.len(), table.extents.len()));
+                let (kind, layer) = (section.kind, section.layer);
+                let (section_idx, extent_idx) = (table.sections.len(), table.extents.len());
+                table.keys.push(Key { kind, layer, section_idx, extent_idx });
                 table.sections.push(section);
             }
             table.extents.push(extent);
         }
+        // Aligned and not before the last section's end, as checked; so what differs are bytes in between.
         let (found, expected) = (header.table_offset_bytes, align_up(end, header.alignment_bytes));
-        if Some(found) != expected {
-            return Err(FormatError::Hole {
-                place: table_place(),
-                found,
-                expected: expected.unwrap_or(u64::MAX),
-            });
+        if expected.is_none_or(|expected| found != expected) {
+            let expected = expected.unwrap_or(u64::MAX);
+            return Err(FormatError::Hole { place: table_place(), found, expected });
         }
         table.keys.sort_unstable();
         table.check_duplicates()?;
-        check_presence(&header.config, |kind, layer| table.key(kind, layer).is_some())?;
+        check_presence(&header.config, |kind, layer| table.find(kind, layer).is_some())?;
         Ok(table)
     }
 
     /// The section of `kind` for `layer`.
-    pub(crate) fn find(&self, kind: SectionKind, layer: Option<u32>) -> Option<&Section> {
-        Some(&self.sections[self.key(kind, layer)?.2])
-    }
-
-    /// The section of `kind` for `layer`, with its extent.
-    pub(crate) fn entry(&self, kind: SectionKind, layer: Option<u32>) -> Option<Entry> {
-        let key = self.key(kind, layer)?;
-        Some(Entry { section: self.sections[key.2].clone(), extent: self.extents[key.3] })
+    pub(crate) fn find(&self, kind: SectionKind, layer: Option<u32>) -> Option<Entry<'_>> {
+        let at = self.keys.binary_search_by_key(&(kind, layer), Key::name).ok()?;
+        Some(self.entry(&self.keys[at]))
     }
 
     /// The sections of `kind`, layers ascending.
-    pub(crate) fn entries(&self, kind: SectionKind) -> impl Iterator<Item = Entry> {
-        let from = self.keys.partition_point(|key| key.0 < kind);
-        self.keys[from..]
-            .iter()
-            .take_while(move |key| key.0 == kind)
-            .map(|key| Entry { section: self.sections[key.2].clone(), extent: self.extents[key.3] })
+    pub(crate) fn of_kind(&self, kind: SectionKind) -> impl Iterator<Item = Entry<'_>> {
+        let from = self.keys.partition_point(|key| key.kind < kind);
+        self.keys[from..].iter().take_while(move |key| key.kind == kind).map(|key| self.entry(key))
     }
 
-    fn key(
-        &self,
-        kind: SectionKind,
-        layer: Option<u32>,
-    ) -> Option<&(SectionKind, Option<u32>, usize, usize)> {
-        let at = self.keys.binary_search_by_key(&(kind, layer), |key| (key.0, key.1)).ok()?;
-        Some(&self.keys[at])
+    fn entry(&self, key: &Key) -> Entry<'_> {
+        Entry { section: &self.sections[key.section_idx], extent: &self.extents[key.extent_idx] }
     }
 
     fn check_duplicates(&self) -> Result<(), FormatError> {
-        match self.keys.windows(2).find(|pair| (pair[0].0, pair[0].1) == (pair[1].0, pair[1].1)) {
+        match self.keys.windows(2).find(|pair| pair[0].name() == pair[1].name()) {
             Some(pair) => {
-                let place = self.extents[pair[1].3].place();
-                Err(FormatError::Duplicate { place, first: self.extents[pair[0].3].id.index })
+                let [first, second] = [&pair[0], &pair[1]].map(|key| self.entry(key).extent);
+                Err(FormatError::Duplicate { place: second.place(), first: first.id.index })
             }
             None => Ok(()),
         }
+    }
+}
+
+/// Finds a section by its name, which is its kind and its layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Key {
+    kind: SectionKind,
+    layer: Option<u32>,
+    section_idx: usize,
+    extent_idx: usize,
+}
+
+impl Key {
+    fn name(&self) -> (SectionKind, Option<u32>) {
+        (self.kind, self.layer)
     }
 }
 
@@ -185,7 +187,7 @@ pub(crate) fn check_section(
         return Err(FormatError::DType { place: place(DTYPE), found, expected });
     }
     if section.encoding != kind.encoding() {
-        let (found, expected) = (section.encoding, kind.encoding());
+        let (found, expected) = (section.encoding.name(), kind.encoding().name());
         return Err(FormatError::Encoding { place: place(ENCODING), found, expected });
     }
     if section.required != kind.is_required() {
@@ -213,6 +215,24 @@ fn check_shape(
         None if dims.len() != 1 => refuse("[bytes]".to_owned()),
         None => Ok(()),
     }
+}
+
+/// Name, offset and length of every field, for the test that compares them with FORMAT.md.
+#[cfg(test)]
+pub(crate) fn fields() -> Vec<(&'static str, usize, usize)> {
+    vec![
+        KIND.info(),
+        LAYER.info(),
+        DTYPE.info(),
+        ENCODING.info(),
+        FLAGS.info(),
+        N_DIMS.info(),
+        DIMS.info(),
+        OFFSET_BYTES.info(),
+        LEN_BYTES.info(),
+        XXH3.info(),
+        RESERVED.info(),
+    ]
 }
 
 /// The table's bytes.
@@ -247,7 +267,11 @@ pub(crate) fn align_up(offset_bytes: u64, alignment_bytes: u32) -> Option<u64> {
 
 /// The rows of the table, which ends where the file ends.
 fn rows<'a>(header: &Header, file: &'a [u8]) -> Result<&'a [[u8; ROW_LEN]], FormatError> {
-    let offset_bytes = header.table_offset_bytes;
+    let (offset_bytes, alignment_bytes) = (header.table_offset_bytes, header.alignment_bytes);
+    if !offset_bytes.is_multiple_of(u64::from(alignment_bytes)) {
+        let (place, found) = (table_place(), offset_bytes);
+        return Err(FormatError::Unaligned { place, found, alignment_bytes });
+    }
     let bytes = usize::try_from(offset_bytes).ok().and_then(|offset| file.get(offset..)).unwrap_or_default();
     let (rows, rest) = bytes.as_chunks::<ROW_LEN>();
     if rows.len() as u64 == u64::from(header.n_sections) && rest.is_empty() && !rows.is_empty() {
@@ -295,9 +319,8 @@ impl Row<'_> {
         if found > expected {
             return Err(FormatError::Hole { place, found, expected });
         }
-        if let Some(offset_bytes) = RESERVED.first_nonzero(self.bytes, self.offset_bytes()) {
-            let place = Place { offset_bytes: Some(offset_bytes), ..place };
-            return Err(FormatError::Reserved { place });
+        if len_bytes == 0 {
+            return Err(FormatError::Empty { place: self.place(LEN_BYTES) });
         }
         Ok(Extent { id: self.id(), offset_bytes: found, len_bytes, xxh3: XXH3.u64(self.bytes) })
     }
@@ -315,6 +338,10 @@ impl Row<'_> {
             });
         }
         let required = flags & REQUIRED != 0;
+        if let Some(offset_bytes) = RESERVED.first_nonzero(self.bytes, self.offset_bytes()) {
+            let place = Place { section: Some(extent.id), offset_bytes: Some(offset_bytes) };
+            return Err(FormatError::Reserved { place });
+        }
         let shape = self.shape()?;
         let Some(kind) = SectionKind::from_code(KIND.u32(self.bytes)) else {
             return if required {

@@ -4,3 +4,4 @@ mod cli;
 mod convert;
 mod failures;
 mod golden;
+mod python_reader;

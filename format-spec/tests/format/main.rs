@@ -1,5 +1,10 @@
 //! Tests of the format through its public face.
 
+mod damage;
+mod golden;
+mod hostile;
+mod patch;
+mod random;
 mod round_trip;
 mod sample;
 mod writing;

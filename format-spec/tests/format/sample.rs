@@ -42,6 +42,22 @@ pub(crate) fn config() -> ModelConfig {
     }
 }
 
+/// The smallest model with every kind of section, for tests that go through a file byte by byte.
+pub(crate) fn tiny_config() -> ModelConfig {
+    ModelConfig {
+        hidden_size: 4,
+        intermediate_size: 3,
+        num_hidden_layers: 1,
+        num_attention_heads: 2,
+        num_key_value_heads: 1,
+        head_dim: 2,
+        vocab_size: 5,
+        max_position_embeddings: 8,
+        eos_token_ids: vec![2],
+        ..config()
+    }
+}
+
 impl Sample {
     /// A full file of `config`: matrices of `dtype`, a predictor per row in the last layer unless the activation is
     /// silu, curves and provenance.
@@ -227,7 +243,8 @@ fn record(config: &ModelConfig, layer: u32, is_sparse: bool) -> PredictorRecord 
 }
 
 fn curve(config: &ModelConfig, layer: u32) -> CalibrationCurve {
-    let limits = [0, config.hidden_size / 2, config.hidden_size];
+    let mut limits = vec![0, config.hidden_size / 2, config.hidden_size];
+    limits.dedup();
     let point = |(step, limit)| CurvePoint {
         limit,
         rows_kept: step as f32 * 0.5,
