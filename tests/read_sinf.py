@@ -19,10 +19,10 @@ MODEL_FIELDS = ("hidden_size intermediate_size num_hidden_layers num_attention_h
                 "vocab_size max_position_embeddings").split()
 KINDS = {1: "embedding", 2: "final_norm", 3: "lm_head", 16: "attn_norm", 17: "w_q", 18: "w_k", 19: "w_v", 20: "w_o",
          32: "mlp_norm", 33: "gate_signs", 34: "w_gate", 35: "w_up", 36: "w_down_t", 37: "gate_limits",
-         64: "predictors", 65: "calibration_curves", 80: "tokenizer", 81: "provenance"}
+         38: "gate_planes", 39: "gate_offsets", 64: "predictors", 65: "calibration_curves", 66: "budget_curve", 80: "tokenizer", 81: "provenance"}
 DTYPES = {1: np.dtype("u1"), 2: np.dtype("<u4"), 16: np.dtype("<f4"), 17: np.dtype("<f2"), 18: np.dtype("<u2")}
 ACTIVATIONS = {1: "relu", 2: "fatrelu", 3: "silu"}
-PREDICTORS = {0: "off", 1: "sign", 2: "sign_per_row"}
+PREDICTORS = {0: "off", 1: "sign", 2: "sign_per_row", 3: "sign_x8", 5: "w2", 6: "w3"}
 SHARES = ("rows_active", "rows_kept", "recall", "missed_energy")
 NONE = 0xFFFFFFFF
 
@@ -90,10 +90,10 @@ class Sinf:
 
     @staticmethod
     def record(row):
-        kind, limit, alpha, *shares, n_tokens = struct.unpack_from("<IIfffffI", row)
-        expect(kind in PREDICTORS and not any(row[32:]), f"predictor kind {kind} or its reserved bytes")
+        kind, limit, alpha, *shares, n_tokens, threshold = struct.unpack_from("<IIfffffIf", row)
+        expect(kind in PREDICTORS and not any(row[36:]), f"predictor kind {kind} or its reserved bytes")
         shares = {name: None if math.isnan(share) else share for name, share in zip(SHARES, shares)}
-        return dict(kind=PREDICTORS[kind], limit=limit, alpha=alpha, **shares, n_tokens=n_tokens)
+        return dict(kind=PREDICTORS[kind], limit=limit, alpha=alpha, **shares, n_tokens=n_tokens, threshold=threshold)
 
     def check_signs(self):
         """Packs the signs of w_gate again, 32 columns to a word, and compares."""
@@ -127,7 +127,7 @@ class Sinf:
 def summary(sinf):
     tensors = [dict(kind=kind, layer=layer, shape=list(tensor.shape), sum=float(np.nansum(tensor, dtype=np.float64)))
                for (kind, layer), tensor in sinf.tensors.items()]
-    predictors = [dict(record, alpha=str(record["alpha"])) for record in sinf.predictors]  # JSON has no infinity.
+    predictors = [dict(record, alpha=str(record["alpha"]), threshold=str(record["threshold"])) for record in sinf.predictors]  # JSON has no infinity.
     return dict(config=sinf.config, predictors=predictors, tensors=tensors, checked=sinf.check_sums())
 
 

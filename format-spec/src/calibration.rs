@@ -6,7 +6,7 @@ use crate::{Activation, FormatError, ModelConfig};
 
 /// Length of a record.
 pub(crate) const RECORD_LEN: usize = 64;
-/// Bytes of a curve point: limit, rows_kept, recall, missed_energy as f32.
+/// Bytes of a curve point: limit or threshold, rows_kept, recall, missed_energy as f32.
 const POINT_LEN: usize = 16;
 
 const KIND: Field<4> = Field::first("kind");
@@ -17,7 +17,8 @@ const ROWS_KEPT: Field<4> = ROWS_ACTIVE.then("rows_kept");
 const RECALL: Field<4> = ROWS_KEPT.then("recall");
 const MISSED_ENERGY: Field<4> = RECALL.then("missed_energy");
 const N_TOKENS: Field<4> = MISSED_ENERGY.then("n_tokens");
-const RESERVED: Field<32> = N_TOKENS.then("reserved");
+const THRESHOLD: Field<4> = N_TOKENS.then("threshold");
+const RESERVED: Field<28> = THRESHOLD.then("reserved");
 const _: () = assert!(RESERVED.end() == RECORD_LEN);
 
 /// How a layer decides which rows of W_gate to leave out.
@@ -30,6 +31,12 @@ pub enum PredictorKind {
     Sign = 1,
     /// Skip row i when n_neg(i) > limit(i), limits in the layer's `GateLimits` section.
     SignPerRow = 2,
+    /// Skip row i when its signs times the input in 8 bits are below the threshold.
+    SignX8 = 3,
+    /// As `SignX8`, with W_gate in 2 bits: the signs and one plane of `GatePlanes`.
+    W2 = 5,
+    /// As `SignX8`, with W_gate in 3 bits: the signs and two planes of `GatePlanes`.
+    W3 = 6,
 }
 
 impl PredictorKind {
@@ -39,12 +46,30 @@ impl PredictorKind {
             Self::Off => "off",
             Self::Sign => "sign",
             Self::SignPerRow => "sign_per_row",
+            Self::SignX8 => "sign_x8",
+            Self::W2 => "w2",
+            Self::W3 => "w3",
         }
     }
 
     /// The code in the file.
     pub fn code(self) -> u32 {
         self as u32
+    }
+
+    /// Bits of an element of W_gate that a score is made of, signs included; 0 for the kinds without a score.
+    pub fn n_planes(self) -> u32 {
+        match self {
+            Self::Off | Self::Sign | Self::SignPerRow => 0,
+            Self::SignX8 => 1,
+            Self::W2 => 2,
+            Self::W3 => 3,
+        }
+    }
+
+    /// True for the kinds that skip rows of a low score.
+    pub fn has_score(self) -> bool {
+        self.n_planes() > 0
     }
 }
 
@@ -68,13 +93,16 @@ pub struct PredictorRecord {
     pub missed_energy: f32,
     /// Calibration tokens behind the statistics; 0 when none.
     pub n_tokens: u32,
+    /// Smallest score that is still computed, in units of the input; 0 for kinds without a score, minus infinity keeps
+    /// every row. Added to the row's offset where the layer has `GateOffsets`.
+    pub threshold: f32,
 }
 
 /// One point of a layer's trade-off.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct CurvePoint {
-    /// Limit on n_neg.
-    pub limit: u32,
+    /// Limit on n_neg; for kinds with a score, the threshold.
+    pub limit: f32,
     /// Share of rows kept at that limit.
     pub rows_kept: f32,
     /// Share of active rows kept.
@@ -83,8 +111,23 @@ pub struct CurvePoint {
     pub missed_energy: f32,
 }
 
-/// A layer's trade-off, limits ascending. Every layer of a file has the same number of points.
+/// A layer's trade-off, in the order of rows kept: limits ascending, thresholds descending. Every layer of a file has the same number of points.
 pub type CalibrationCurve = Vec<CurvePoint>;
+
+/// What the whole model does at one budget.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BudgetPoint {
+    /// Mean KL divergence of the next token's distribution from the dense model's, in nats, over text that neither
+    /// limits nor budget were chosen by; NaN for not measured.
+    pub kl: f32,
+    /// Bytes of predictors, gate, up and down rows that a token reads, over those of a dense pass.
+    pub mlp_bytes: f32,
+    /// Limit or threshold of each layer, 0 where it predicts nothing.
+    pub limits: Vec<f32>,
+}
+
+/// A model's trade-off, budgets growing from point to point.
+pub type BudgetCurve = Vec<BudgetPoint>;
 
 /// The integer limit that `alpha` folds into: `n_neg > alpha * n_pos` with `n_pos = hidden_size - n_neg` is
 /// `n_neg > floor(alpha * hidden_size / (1 + alpha))`.
@@ -122,6 +165,7 @@ impl PredictorRecord {
         RECALL.put(block, float_bytes(self.recall));
         MISSED_ENERGY.put(block, float_bytes(self.missed_energy));
         N_TOKENS.put(block, self.n_tokens.to_le_bytes());
+        THRESHOLD.put(block, float_bytes(self.threshold));
         record
     }
 
@@ -130,7 +174,9 @@ impl PredictorRecord {
             0 => PredictorKind::Off,
             1 => PredictorKind::Sign,
             2 => PredictorKind::SignPerRow,
-            3 => return Err(at.reserved(3, "inputs of several bits")),
+            3 => PredictorKind::SignX8,
+            5 => PredictorKind::W2,
+            6 => PredictorKind::W3,
             4 => return Err(at.reserved(4, "low-rank parts")),
             found => {
                 return Err(FormatError::UnknownCode { place: at.of(KIND), field: "predictor kind", found });
@@ -148,6 +194,7 @@ impl PredictorRecord {
             recall: RECALL.f32(block),
             missed_energy: MISSED_ENERGY.f32(block),
             n_tokens: N_TOKENS.u32(block),
+            threshold: THRESHOLD.f32(block),
         })
     }
 
@@ -166,6 +213,10 @@ impl PredictorRecord {
         }
         if self.alpha.is_nan() || self.alpha < 0.0 {
             return refuse(ALPHA, f64::from(self.alpha), "a number that is not negative, or infinity");
+        }
+        if self.threshold.is_nan() || (self.threshold != 0.0 && !self.kind.has_score()) {
+            let expected = if self.kind.has_score() { "a number, or infinity" } else { "0" };
+            return refuse(THRESHOLD, f64::from(self.threshold), expected);
         }
         let shares = [
             (ROWS_ACTIVE, self.rows_active),
@@ -206,7 +257,7 @@ pub(crate) fn parse_records(
 pub(crate) fn encode_curves(curves: &[CalibrationCurve]) -> Vec<u8> {
     let points = curves.iter().flatten();
     points
-        .flat_map(|point| [point.limit as f32, point.rows_kept, point.recall, point.missed_energy])
+        .flat_map(|point| [point.limit, point.rows_kept, point.recall, point.missed_energy])
         .flat_map(float_bytes)
         .collect()
 }
@@ -216,16 +267,17 @@ pub(crate) fn parse_curves(
     start: Place,
     bytes: &[u8],
     n_points: usize,
+    records: &[PredictorRecord],
     config: &ModelConfig,
 ) -> Result<Vec<CalibrationCurve>, FormatError> {
     let points = bytes.as_chunks::<POINT_LEN>().0;
-    let layers = (0..).zip(points.chunks_exact(n_points));
+    let layers = (0..).zip(points.chunks_exact(n_points)).zip(records);
     layers
-        .map(|(layer, points)| {
+        .map(|((layer, points), record)| {
             let mut curve = CalibrationCurve::with_capacity(n_points);
             for bytes in points {
                 let at = CurvePlace { start, layer, n_points, point: curve.len() };
-                curve.push(parse_point(at, bytes, curve.last(), config)?);
+                curve.push(parse_point(at, bytes, curve.last(), record.kind, config)?);
             }
             Ok(curve)
         })
@@ -236,20 +288,28 @@ fn parse_point(
     at: CurvePlace,
     bytes: &[u8; POINT_LEN],
     previous: Option<&CurvePoint>,
+    kind: PredictorKind,
     config: &ModelConfig,
 ) -> Result<CurvePoint, FormatError> {
     let values = bytes.as_chunks::<4>().0;
     let [limit, rows_kept, recall, missed_energy] =
         [0, 1, 2, 3].map(|value: usize| f32::from_le_bytes(values[value]));
-    let is_limit = limit >= 0.0 && limit <= config.hidden_size as f32 && limit.fract() == 0.0;
-    if !is_limit || previous.is_some_and(|previous| limit <= previous.limit as f32) {
-        return Err(at.refused(0, "limit", limit, "a whole number up to hidden_size, above the one before"));
+    let follows = |previous: &CurvePoint| match kind.has_score() {
+        true => limit < previous.limit,
+        false => limit > previous.limit,
+    };
+    if !is_limit(limit, kind, config) || !previous.is_none_or(follows) {
+        let expected = match kind.has_score() {
+            true => "a number below the one before",
+            false => "a whole number up to hidden_size, above the one before",
+        };
+        return Err(at.refused(0, "limit", limit, expected));
     }
     let shares = [("rows_kept", rows_kept), ("recall", recall), ("missed_energy", missed_energy)];
     if let Some((value, (field, found))) = (1..).zip(shares).find(|(_, (_, share))| !is_share(*share)) {
         return Err(at.refused(value, field, found, "0 to 1, or NaN for not measured"));
     }
-    Ok(CurvePoint { limit: limit as u32, rows_kept, recall, missed_energy })
+    Ok(CurvePoint { limit, rows_kept, recall, missed_energy })
 }
 
 /// Name, offset and length of every field, for the test that compares them with FORMAT.md.
@@ -264,8 +324,59 @@ pub(crate) fn fields() -> Vec<(&'static str, usize, usize)> {
         RECALL.info(),
         MISSED_ENERGY.info(),
         N_TOKENS.info(),
+        THRESHOLD.info(),
         RESERVED.info(),
     ]
+}
+
+/// Bytes of the `budget_curve` section, `(points, 2 + layers)` f32.
+pub(crate) fn encode_budget(curve: &[BudgetPoint]) -> Vec<u8> {
+    let values = curve.iter().flat_map(|point| [&[point.kl, point.mlp_bytes][..], &point.limits].concat());
+    values.flat_map(float_bytes).collect()
+}
+
+/// Reads and checks the `budget_curve` section, which lies at `start`.
+pub(crate) fn parse_budget(
+    start: Place,
+    bytes: &[u8],
+    records: &[PredictorRecord],
+    config: &ModelConfig,
+) -> Result<BudgetCurve, FormatError> {
+    let width = 2 + records.len();
+    let values: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|&value| f32::from_le_bytes(value)).collect();
+    let points = values.chunks_exact(width).enumerate();
+    points
+        .map(|(point, values)| {
+            let refuse = |value: usize, field: String, expected| {
+                let place = start.plus((point * width + value) * 4);
+                let (point, found) = (point as u64, values[value]);
+                Err(FormatError::Budget { place, point, field, found, expected })
+            };
+            let (kl, mlp_bytes, limits) = (values[0], values[1], &values[2..]);
+            if kl < 0.0 || kl.is_infinite() {
+                return refuse(0, "kl".to_owned(), "a number that is not negative, or NaN for not measured");
+            }
+            if !(mlp_bytes >= 0.0 && mlp_bytes.is_finite()) {
+                return refuse(1, "mlp_bytes".to_owned(), "a number that is not negative");
+            }
+            let is_wrong = |(limit, record): (&f32, &PredictorRecord)| !is_limit(*limit, record.kind, config);
+            if let Some(layer) = limits.iter().zip(records).position(is_wrong) {
+                let expected = "a whole number up to hidden_size, or a threshold";
+                return refuse(2 + layer, format!("limit of layer {layer}"), expected);
+            }
+            Ok(BudgetPoint { kl, mlp_bytes, limits: limits.to_vec() })
+        })
+        .collect()
+}
+
+/// Something that a predictor of `kind` compares with.
+fn is_limit(value: f32, kind: PredictorKind, config: &ModelConfig) -> bool {
+    match kind {
+        PredictorKind::SignX8 | PredictorKind::W2 | PredictorKind::W3 => !value.is_nan(),
+        PredictorKind::Off | PredictorKind::Sign | PredictorKind::SignPerRow => {
+            value >= 0.0 && value <= config.hidden_size as f32 && value.fract() == 0.0
+        }
+    }
 }
 
 /// A share, or "not measured".

@@ -492,7 +492,43 @@ pub enum FormatError {
         /// hidden_size.
         max: u32,
     },
-    /// A value of a calibration curve is out of its range or its limits do not ascend.
+    /// An offset per row is not finite.
+    #[error("{place}: the offset of row {row} is {found}, expected a finite number")]
+    GateOffset {
+        /// Where.
+        place: Place,
+        /// The row of W_gate.
+        row: u64,
+        /// The offset.
+        found: f32,
+    },
+    /// A layer has other bit planes than its predictor reads.
+    #[error("gate_planes of layer {layer}: {found} planes, expected {expected} for predictor {kind}")]
+    GatePlanes {
+        /// The layer.
+        layer: u32,
+        /// Planes that are there.
+        found: u64,
+        /// Planes that the predictor reads below the signs.
+        expected: u64,
+        /// Name of the predictor.
+        kind: &'static str,
+    },
+    /// A value of the budget curve is out of its range.
+    #[error("{place}: budget curve, point {point}: {field} is {found}, expected {expected}")]
+    Budget {
+        /// Where.
+        place: Place,
+        /// Index of the point.
+        point: u64,
+        /// `kl`, `bytes` or `limit of layer N`.
+        field: String,
+        /// The value.
+        found: f32,
+        /// What is accepted.
+        expected: &'static str,
+    },
+    /// A value of a calibration curve is out of its range or its limits are not in order.
     #[error("{place}: curve of layer {layer}, point {point}: {field} is {found}, expected {expected}")]
     Curve {
         /// Where.

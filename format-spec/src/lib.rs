@@ -21,7 +21,9 @@ pub mod signs;
 mod table;
 pub mod writer;
 
-pub use calibration::{CalibrationCurve, CurvePoint, PredictorKind, PredictorRecord};
+pub use calibration::{
+    BudgetCurve, BudgetPoint, CalibrationCurve, CurvePoint, PredictorKind, PredictorRecord,
+};
 pub use dtype::DType;
 pub use error::FormatError;
 pub use header::{Activation, ModelConfig, Rope, RopeScaling};
@@ -33,4 +35,4 @@ pub use section::{Encoding, Section, SectionKind, Shape};
 pub use writer::{SectionSpec, Tail, Writer};
 
 /// `(major, minor)` written by this crate. A reader refuses a newer major and accepts any minor of its own major.
-pub const FORMAT_VERSION: (u16, u16) = (1, 0);
+pub const FORMAT_VERSION: (u16, u16) = (1, 1);

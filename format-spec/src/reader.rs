@@ -6,18 +6,18 @@
 //! padding     zero between sections
 //! predictors  records, and the sections that their kinds ask for          calibration.rs
 //! sign words  no bits past the last column (the last word of each row)    signs.rs
-//! limits      per row, at most hidden_size
+//! limits      per row, at most hidden_size; offsets, finite
 //! ```
 //!
 //! The compressed records are checked when they are asked for, checksums by [`Layout::verify`].
 
-use crate::calibration::{parse_curves, parse_records};
+use crate::calibration::{parse_budget, parse_curves, parse_records};
 use crate::checksum::{FileHasher, SectionHasher};
 use crate::header::{DIGESTED_HEADER_LEN, HEADER_LEN, Header};
 use crate::table::{Entry, Extent, Table};
 use crate::{
-    CalibrationCurve, FormatError, ModelConfig, PredictorKind, PredictorRecord, Provenance, Section,
-    SectionKind, Tokenizer, metadata, signs,
+    BudgetCurve, CalibrationCurve, FormatError, ModelConfig, PredictorKind, PredictorRecord, Provenance,
+    Section, SectionKind, Shape, Tokenizer, metadata, signs,
 };
 
 /// Bytes hashed at a time: small enough to stay in a core's cache between the two hashes.
@@ -43,6 +43,7 @@ impl Layout {
         let predictors = parse_predictors(&table, file, &header.config)?;
         check_signs(&table, file, &header.config)?;
         check_limits(&table, file, &header.config)?;
+        check_offsets(&table, file)?;
         Ok(Self { header, table, predictors })
     }
 
@@ -101,7 +102,16 @@ impl Layout {
         let entry = self.table.find(SectionKind::CalibrationCurves, None);
         let parse = |Entry { section, extent }: Entry<'_>| {
             let n_points = section.shape.dims()[1] as usize;
-            parse_curves(extent.place(), section.bytes(file), n_points, self.config())
+            parse_curves(extent.place(), section.bytes(file), n_points, &self.predictors, self.config())
+        };
+        entry.map(parse).transpose()
+    }
+
+    /// Quality and limits at several budgets, if the file has them.
+    pub fn budget_curve(&self, file: &[u8]) -> Result<Option<BudgetCurve>, FormatError> {
+        let entry = self.table.find(SectionKind::BudgetCurve, None);
+        let parse = |Entry { section, extent }: Entry<'_>| {
+            parse_budget(extent.place(), section.bytes(file), &self.predictors, self.config())
         };
         entry.map(parse).transpose()
     }
@@ -172,24 +182,31 @@ fn parse_predictors(
     let kind = SectionKind::Predictors;
     let entry = table.find(kind, None).ok_or(FormatError::MissingSection { kind, layer: None })?;
     let records = parse_records(entry.extent.place(), entry.section.bytes(file), config)?;
-    check_predictor_sections(&records, |kind, layer| table.find(kind, layer).is_some())?;
+    check_predictor_sections(&records, |kind, layer| Some(table.find(kind, layer)?.section.shape))?;
     Ok(records)
 }
 
-/// Sections that predictors ask for are there: `is_there(kind, layer)`.
+/// Sections that predictors ask for are there: `shape(kind, layer)`.
 pub(crate) fn check_predictor_sections(
     records: &[PredictorRecord],
-    is_there: impl Fn(SectionKind, Option<u32>) -> bool,
+    shape: impl Fn(SectionKind, Option<u32>) -> Option<Shape>,
 ) -> Result<(), FormatError> {
     for (layer, record) in (0..).zip(records) {
         let needed: &[SectionKind] = match record.kind {
             PredictorKind::Off => &[],
-            PredictorKind::Sign => &[SectionKind::GateSigns],
+            PredictorKind::Sign | PredictorKind::SignX8 => &[SectionKind::GateSigns],
             PredictorKind::SignPerRow => &[SectionKind::GateSigns, SectionKind::GateLimits],
+            PredictorKind::W2 | PredictorKind::W3 => &[SectionKind::GateSigns, SectionKind::GatePlanes],
         };
-        let layer = Some(layer);
-        if let Some(&kind) = needed.iter().find(|&&kind| !is_there(kind, layer)) {
-            return Err(FormatError::MissingSection { kind, layer });
+        let is_missing = |kind: &&SectionKind| shape(**kind, Some(layer)).is_none();
+        if let Some(&kind) = needed.iter().find(is_missing) {
+            return Err(FormatError::MissingSection { kind, layer: Some(layer) });
+        }
+        let n_planes = shape(SectionKind::GatePlanes, Some(layer)).map_or(0, |shape| shape.dims()[0]);
+        let expected = u64::from(record.kind.n_planes().saturating_sub(1));
+        if n_planes != expected {
+            let kind = record.kind.name();
+            return Err(FormatError::GatePlanes { layer, found: n_planes, expected, kind });
         }
     }
     Ok(())
@@ -197,7 +214,8 @@ pub(crate) fn check_predictor_sections(
 
 fn check_signs(table: &Table, file: &[u8], config: &ModelConfig) -> Result<(), FormatError> {
     let n_cols = config.hidden_size;
-    for Entry { section, extent } in table.of_kind(SectionKind::GateSigns) {
+    let planes = table.of_kind(SectionKind::GateSigns).chain(table.of_kind(SectionKind::GatePlanes));
+    for Entry { section, extent } in planes {
         if let Some((row, found)) = signs::first_stray_tail(section.bytes(file), n_cols) {
             let row_bytes = signs::n_words(n_cols) as usize * 4;
             let place = extent.place().plus((row as usize + 1) * row_bytes - 4);
@@ -214,6 +232,17 @@ fn check_limits(table: &Table, file: &[u8], config: &ModelConfig) -> Result<(), 
         if let Some((row, found)) = (0..).zip(limits).find(|&(_, limit)| limit > max) {
             let place = extent.place().plus(row as usize * 4);
             return Err(FormatError::GateLimit { place, row, found, max });
+        }
+    }
+    Ok(())
+}
+
+fn check_offsets(table: &Table, file: &[u8]) -> Result<(), FormatError> {
+    for Entry { section, extent } in table.of_kind(SectionKind::GateOffsets) {
+        let offsets = section.bytes(file).as_chunks::<4>().0.iter().map(|&offset| f32::from_le_bytes(offset));
+        if let Some((row, found)) = (0..).zip(offsets).find(|(_, offset)| !offset.is_finite()) {
+            let place = extent.place().plus(row as usize * 4);
+            return Err(FormatError::GateOffset { place, row, found });
         }
     }
     Ok(())

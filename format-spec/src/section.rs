@@ -38,10 +38,16 @@ pub enum SectionKind {
     WDownT = 36,
     /// Per-row limits on n_neg, `(f,)` u32; present where the layer's predictor kind asks for it.
     GateLimits = 37,
+    /// Bit planes of W_gate below its signs, `(1 or 2, f, w)` u32; present where the predictor kind asks for them.
+    GatePlanes = 38,
+    /// Per-row offsets on the threshold of a score, `(f,)` f32; a layer with such a predictor may have them.
+    GateOffsets = 39,
     /// One 64-byte predictor record per layer, `(L, 64)` u8.
     Predictors = 64,
     /// Curves of the calibration, `(L, points, 4)` f32; optional.
     CalibrationCurves = 65,
+    /// Quality and limits of all layers at several budgets, `(points, 2 + L)` f32; optional.
+    BudgetCurve = 66,
     /// Tokenizer, bincode + zstd.
     Tokenizer = 80,
     /// Provenance, bincode + zstd; optional.
@@ -50,7 +56,7 @@ pub enum SectionKind {
 
 impl SectionKind {
     /// Every kind, by code.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 21] = [
         Self::Embedding,
         Self::FinalNorm,
         Self::LmHead,
@@ -65,8 +71,11 @@ impl SectionKind {
         Self::WUp,
         Self::WDownT,
         Self::GateLimits,
+        Self::GatePlanes,
+        Self::GateOffsets,
         Self::Predictors,
         Self::CalibrationCurves,
+        Self::BudgetCurve,
         Self::Tokenizer,
         Self::Provenance,
     ];
@@ -88,8 +97,11 @@ impl SectionKind {
             Self::WUp => "w_up",
             Self::WDownT => "w_down_t",
             Self::GateLimits => "gate_limits",
+            Self::GatePlanes => "gate_planes",
+            Self::GateOffsets => "gate_offsets",
             Self::Predictors => "predictors",
             Self::CalibrationCurves => "calibration_curves",
+            Self::BudgetCurve => "budget_curve",
             Self::Tokenizer => "tokenizer",
             Self::Provenance => "provenance",
         }
@@ -107,7 +119,7 @@ impl SectionKind {
 
     /// True for the kinds that every layer has of its own.
     pub fn is_per_layer(self) -> bool {
-        (Self::AttnNorm..=Self::GateLimits).contains(&self)
+        (Self::AttnNorm..=Self::GateOffsets).contains(&self)
     }
 
     /// True for the kinds that [`crate::Writer::seal`] writes, after the weights.
@@ -117,7 +129,7 @@ impl SectionKind {
 
     /// The required flag of the kind's sections: false where text can be generated without them.
     pub fn is_required(self) -> bool {
-        !matches!(self, Self::CalibrationCurves | Self::Provenance)
+        !matches!(self, Self::CalibrationCurves | Self::BudgetCurve | Self::Provenance)
     }
 
     /// How the kind's sections are encoded.
@@ -131,8 +143,13 @@ impl SectionKind {
     /// Element types that the kind's sections may have.
     pub fn dtypes(self) -> &'static [DType] {
         match self {
-            Self::FinalNorm | Self::AttnNorm | Self::MlpNorm | Self::CalibrationCurves => &[DType::F32],
-            Self::GateSigns | Self::GateLimits => &[DType::U32],
+            Self::FinalNorm
+            | Self::AttnNorm
+            | Self::MlpNorm
+            | Self::GateOffsets
+            | Self::CalibrationCurves
+            | Self::BudgetCurve => &[DType::F32],
+            Self::GateSigns | Self::GateLimits | Self::GatePlanes => &[DType::U32],
             Self::Predictors | Self::Tokenizer | Self::Provenance => &[DType::U8],
             Self::Embedding
             | Self::LmHead
@@ -159,9 +176,13 @@ impl SectionKind {
             Self::WO => &[d, config.q_size()],
             Self::GateSigns => &[f, u64::from(signs::n_words(config.hidden_size))],
             Self::WGate | Self::WUp | Self::WDownT => &[f, d],
-            Self::GateLimits => &[f],
+            Self::GateLimits | Self::GateOffsets => &[f],
             Self::Predictors => &[u64::from(config.num_hidden_layers), RECORD_LEN as u64],
-            Self::CalibrationCurves | Self::Tokenizer | Self::Provenance => return None,
+            Self::GatePlanes
+            | Self::CalibrationCurves
+            | Self::BudgetCurve
+            | Self::Tokenizer
+            | Self::Provenance => return None,
         };
         Some(Shape::new(dims))
     }

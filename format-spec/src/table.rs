@@ -3,7 +3,7 @@
 use crate::error::{Place, SectionId};
 use crate::field::Field;
 use crate::header::{HEADER_LEN, Header, NONE, table_place};
-use crate::{DType, Encoding, FormatError, ModelConfig, Section, SectionKind, Shape};
+use crate::{DType, Encoding, FormatError, ModelConfig, Section, SectionKind, Shape, signs};
 
 /// Length of a row.
 pub(crate) const ROW_LEN: usize = 96;
@@ -136,15 +136,18 @@ impl Key {
     }
 }
 
-/// Every section that the model needs is there: `is_there(kind, layer)`. `gate_signs` and `gate_limits` depend on the
-/// predictors and are checked with them.
+/// Every section that the model needs is there: `is_there(kind, layer)`. What depends on the
+/// predictors is checked with them.
 pub(crate) fn check_presence(
     config: &ModelConfig,
     is_there: impl Fn(SectionKind, Option<u32>) -> bool,
 ) -> Result<(), FormatError> {
     let is_needed = |kind: &SectionKind| match kind {
         SectionKind::LmHead => !config.tie_word_embeddings,
-        SectionKind::GateSigns | SectionKind::GateLimits => false,
+        SectionKind::GateSigns
+        | SectionKind::GateLimits
+        | SectionKind::GatePlanes
+        | SectionKind::GateOffsets => false,
         kind => kind.is_required(),
     };
     let (per_layer, whole): (Vec<_>, Vec<_>) =
@@ -211,6 +214,17 @@ fn check_shape(
             let n_layers = u64::from(config.num_hidden_layers);
             let fits = dims.len() == 3 && dims[0] == n_layers && dims[2] == 4;
             if fits { Ok(()) } else { refuse(format!("[{n_layers}, points, 4]")) }
+        }
+        None if section.kind == SectionKind::BudgetCurve => {
+            let width = 2 + u64::from(config.num_hidden_layers);
+            let fits = dims.len() == 2 && dims[1] == width;
+            if fits { Ok(()) } else { refuse(format!("[points, {width}]")) }
+        }
+        None if section.kind == SectionKind::GatePlanes => {
+            let (n_rows, n_words) = (config.intermediate_size, signs::n_words(config.hidden_size));
+            let (n_rows, n_words) = (u64::from(n_rows), u64::from(n_words));
+            let fits = dims.len() == 3 && (1..=2).contains(&dims[0]) && dims[1..] == [n_rows, n_words];
+            if fits { Ok(()) } else { refuse(format!("[1 or 2, {n_rows}, {n_words}]")) }
         }
         None if dims.len() != 1 => refuse("[bytes]".to_owned()),
         None => Ok(()),

@@ -4,10 +4,12 @@
 //! curves, tokenizer, provenance), so that a converter can seal an exact file, run a calibration over it, and seal
 //! again without touching the weights.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use crate::calibration::{RECORD_LEN, encode_curves, encode_records, parse_curves, parse_records};
+use crate::calibration::{
+    RECORD_LEN, encode_budget, encode_curves, encode_records, parse_budget, parse_curves, parse_records,
+};
 use crate::checksum::{FileHasher, SectionHasher, xxh3};
 use crate::error::{Place, SectionId};
 use crate::header::{ALIGNMENTS, HEADER_LEN, Header, check_alignment};
@@ -15,7 +17,7 @@ use crate::partial::{Partial, check_output};
 use crate::reader::check_predictor_sections;
 use crate::table::{align_up, check_presence, check_section, encode_table};
 use crate::{
-    CalibrationCurve, DType, Encoding, FORMAT_VERSION, FormatError, ModelConfig, PredictorRecord, Provenance,
+    BudgetPoint, CalibrationCurve, DType, Encoding, FORMAT_VERSION, FormatError, ModelConfig, PredictorRecord, Provenance,
     Section, SectionKind, Shape, Tokenizer, metadata,
 };
 
@@ -46,6 +48,8 @@ pub struct Tail<'a> {
     pub predictors: &'a [PredictorRecord],
     /// One curve per layer, or none.
     pub curves: Option<&'a [CalibrationCurve]>,
+    /// The whole model's trade-off, or none.
+    pub budget: Option<&'a [BudgetPoint]>,
     /// The tokenizer.
     pub tokenizer: &'a Tokenizer,
     /// Where the file came from.
@@ -278,8 +282,21 @@ impl Writer {
                 return Err(write_order(kind.name(), found, "as many in every layer, at least one"));
             }
             let bytes = encode_curves(curves);
-            parse_curves(place(1, kind), &bytes, n_points, config)?;
+            parse_curves(place(1, kind), &bytes, n_points, tail.predictors, config)?;
             push(kind, place(1, kind), &[curves.len() as u64, n_points as u64, 4], bytes)?;
+        }
+
+        let n_curves = n_curves + usize::from(tail.budget.is_some());
+        if let Some(budget) = tail.budget {
+            let kind = SectionKind::BudgetCurve;
+            let n_layers = tail.predictors.len();
+            if budget.iter().any(|point| point.limits.len() != n_layers) || budget.is_empty() {
+                let found = "another number of limits".to_owned();
+                return Err(write_order(kind.name(), found, "one for each layer, at least one point"));
+            }
+            let bytes = encode_budget(budget);
+            parse_budget(place(n_curves, kind), &bytes, tail.predictors, config)?;
+            push(kind, place(n_curves, kind), &[budget.len() as u64, 2 + n_layers as u64], bytes)?;
         }
 
         let kind = SectionKind::Tokenizer;
@@ -298,10 +315,10 @@ impl Writer {
     }
 
     fn check_presence(&self, tail: &Tail<'_>) -> Result<(), FormatError> {
-        let keys: HashSet<_> = self.weights.iter().map(|section| (section.kind, section.layer)).collect();
-        let is_there = |kind: SectionKind, layer| kind.is_tail() || keys.contains(&(kind, layer));
-        check_presence(&self.config, is_there)?;
-        check_predictor_sections(tail.predictors, is_there)
+        let weights = self.weights.iter().map(|section| ((section.kind, section.layer), section.shape));
+        let shapes: HashMap<_, _> = weights.collect();
+        check_presence(&self.config, |kind, layer| kind.is_tail() || shapes.contains_key(&(kind, layer)))?;
+        check_predictor_sections(tail.predictors, |kind, layer| shapes.get(&(kind, layer)).copied())
     }
 
     /// A section for messages; its offset is not known to the caller, so it is left out.

@@ -6,8 +6,8 @@
 
 use half::{bf16, f16};
 use kernels::{
-    Activation, AttentionScratch, AttentionShape, Cpu, Elements, Isa, Limits, Matrix, Matvec, MlpCounts,
-    MlpScratch, MlpWeights, Rows, SignMatrix, reference,
+    Activation, AttentionScratch, AttentionShape, BitPlanes, Cpu, Elements, Isa, Limits, Matrix, Matvec,
+    MlpCounts, MlpScratch, MlpWeights, Rows, SignMatrix, Thresholds, reference,
 };
 use proptest::prelude::*;
 use std::sync::LazyLock;
@@ -120,6 +120,18 @@ fn sign_words(w: &Matrix<'_>) -> Vec<u32> {
     words
 }
 
+/// Random words of `n_planes - 1` planes below the signs, zero past the last column.
+fn low_planes(random: &mut Random, n_planes: usize, n_rows: usize, n_cols: usize) -> Vec<u32> {
+    let n_words = n_cols.div_ceil(32);
+    let tail = u32::MAX >> (n_words * 32 - n_cols);
+    (0..(n_planes - 1) * n_rows * n_words)
+        .map(|idx| {
+            let word = (random.below(1 << 16) << 16 | random.below(1 << 16)) as u32;
+            if (idx + 1).is_multiple_of(n_words) { word & tail } else { word }
+        })
+        .collect()
+}
+
 /// Widths on both sides of the vectors, the sign words and the groups of them.
 fn any_width() -> impl Strategy<Value = usize> {
     prop_oneof![1..70usize, 500..530usize, 1020..1030usize, Just(64), Just(2048), 2040..2090usize]
@@ -169,7 +181,7 @@ proptest! {
 
     #[test]
     fn mlp_is_the_reference(
-        n_cols in any_width(), n_rows in 1..300usize, kind in 0..3usize, select in 0..5usize,
+        n_cols in any_width(), n_rows in 1..300usize, kind in 0..3usize, select in 0..9usize,
         activation in 0..3usize, seed: u64,
     ) {
         let mut random = Random::new(seed);
@@ -181,12 +193,19 @@ proptest! {
         let words = sign_words(&gate);
         let signs = SignMatrix { words: &words, n_rows, n_words: n_cols.div_ceil(32) };
         let per_row: Vec<u32> = (0..n_rows).map(|_| random.below(n_cols as u64 + 1) as u32).collect();
+        let low = low_planes(&mut random, 1 + select % 3, n_rows, n_cols);
+        let thresholds: Vec<f32> = random.values(n_rows).iter().map(|v| v * n_cols as f32 / 8.0).collect();
         let rows = match select {
             0 => Rows::All,
             1 => Rows::Active,
             2 => Rows::Predicted { signs, limits: Limits::Layer(n_cols as u32 / 2) },
             3 => Rows::Predicted { signs, limits: Limits::PerRow(&per_row) },
-            _ => Rows::Predicted { signs, limits: Limits::Layer(n_cols as u32) },
+            4 => Rows::Predicted { signs, limits: Limits::Layer(n_cols as u32) },
+            5 => Rows::Scored { planes: BitPlanes { signs, low: &low }, thresholds: Thresholds::PerRow(&thresholds) },
+            _ => {
+                let threshold = [0.0, -0.3, f32::NEG_INFINITY][select - 6];
+                Rows::Scored { planes: BitPlanes { signs, low: &low }, thresholds: Thresholds::Layer(threshold) }
+            }
         };
         let activation = [Activation::Relu, Activation::FatRelu(0.3), Activation::Silu][activation];
 
@@ -252,8 +271,50 @@ proptest! {
             cpu.n_neg(&signs, n_tokens, &x, &mut n_neg).unwrap();
             prop_assert_eq!(&n_neg, &want);
             let mut skip = want_skip.iter().map(|skip| !skip).collect::<Vec<_>>();
-            cpu.predict(&signs, &Limits::PerRow(&limits), &x[..n_cols], &mut skip).unwrap();
+            let rows = Rows::Predicted { signs, limits: Limits::PerRow(&limits) };
+            cpu.predict(&rows, 1, &x[..n_cols], &mut skip).unwrap();
             prop_assert_eq!(&skip, &want_skip);
+        }
+    }
+
+    #[test]
+    fn scores_are_the_reference_bit_for_bit(
+        n_cols in any_width(), n_rows in 1..300usize, n_tokens in 1..4usize, n_planes in 1..4usize,
+        magnitude in prop_oneof![Just(1.0f32), Just(1e-38), Just(1e38), Just(0.0)], is_odd: bool, seed: u64,
+    ) {
+        let mut random = Random::new(seed);
+        let weights = Weights::new(1, &random.values(n_rows * n_cols));
+        let words = sign_words(&weights.matrix(n_rows, n_cols));
+        let signs = SignMatrix { words: &words, n_rows, n_words: n_cols.div_ceil(32) };
+        let low = low_planes(&mut random, n_planes, n_rows, n_cols);
+        let planes = BitPlanes { signs, low: &low };
+        let mut x: Vec<f32> = random.values(n_tokens * n_cols).iter().map(|v| v * magnitude).collect();
+        if is_odd {
+            // In the last token alone: the others must not notice.
+            let at = (n_tokens - 1) * n_cols + random.below(n_cols as u64) as usize;
+            x[at] = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e-45, f32::MAX][random.below(5) as usize];
+        }
+        let thresholds: Vec<f32> =
+            random.values(n_rows).iter().map(|v| v * magnitude * (n_cols as f32).sqrt()).collect();
+        let thresholds = Thresholds::PerRow(&thresholds);
+        let (mut want, mut want_scales) = (vec![], vec![]);
+        let mut want_skip = vec![false; n_tokens * n_rows];
+        for (x, skip) in x.chunks_exact(n_cols).zip(want_skip.chunks_exact_mut(n_rows)) {
+            let mut q = vec![99; n_cols];
+            let scale = reference::quantise(x, &mut q);
+            prop_assert!(q.iter().all(|q| (-127..=127).contains(q)));
+            want.extend((0..n_rows).map(|row| reference::score(&planes, row, &q)));
+            want_scales.push(scale);
+            reference::predict_scores(&planes, &thresholds, &q, scale, skip);
+        }
+        for cpu in CPUS.iter().flatten() {
+            let (mut scores, mut scales) = (vec![i32::MAX; n_tokens * n_rows], vec![f32::NAN; n_tokens]);
+            cpu.scores(&planes, n_tokens, &x, &mut scores, &mut scales).unwrap();
+            prop_assert_eq!(&scores, &want, "{}", cpu.isa());
+            prop_assert_eq!(&scales, &want_scales);
+            let mut skip: Vec<bool> = want_skip.iter().map(|skip| !skip).collect();
+            cpu.predict(&Rows::Scored { planes, thresholds }, n_tokens, &x, &mut skip).unwrap();
+            prop_assert_eq!(&skip, &want_skip, "{}", cpu.isa());
         }
     }
 }
@@ -425,4 +486,40 @@ fn lengths_that_do_not_fit_are_errors() {
     let signs = SignMatrix { words: &[0; 4], ..signs };
     let rows = Rows::Predicted { signs, limits: Limits::PerRow(&[1; 3]) };
     assert_eq!(error(mlp(weights, rows, 4, &mut y)), "limits: expected 4, found 3");
+    let planes = |low| BitPlanes { signs: SignMatrix { words: &[0; 4], ..signs }, low };
+    let scored = |low, thresholds| Rows::Scored { planes: planes(low), thresholds };
+    let rows = scored(&[0; 4], Thresholds::PerRow(&[0.0; 5]));
+    assert_eq!(error(mlp(weights, rows, 4, &mut y)), "thresholds: expected 4, found 5");
+    let rows = scored(&[0; 5], Thresholds::Layer(0.0));
+    assert_eq!(error(mlp(weights, rows, 4, &mut y)), "words of lower planes: expected 4, found 5");
+    let rows = scored(&[0; 12], Thresholds::Layer(0.0));
+    assert_eq!(error(mlp(weights, rows, 4, &mut y)), "bit planes: expected 3, found 4");
+}
+
+/// The range of a score: every weight at its largest with the sign of x, which is at its largest too.
+#[test]
+fn the_largest_scores_do_not_overflow() {
+    let n_cols = 20_000;
+    let n_words = n_cols.div_ceil(32_usize);
+    let words = vec![0; 2 * n_words];
+    let signs = SignMatrix { words: &words, n_rows: 2, n_words };
+    for n_planes in 1..=3 {
+        let low = vec![0; (n_planes - 1) * words.len()];
+        let planes = BitPlanes { signs, low: &low };
+        for cpu in CPUS.iter().flatten() {
+            for x in [1.0, -1.0] {
+                let (mut scores, mut scales) = ([0; 2], [0.0]);
+                cpu.scores(&planes, 1, &vec![x; n_cols], &mut scores, &mut scales).unwrap();
+                let want = x as i32 * 127 * ((1 << n_planes) - 1) * n_cols as i32;
+                assert_eq!((scores, scales), ([want; 2], [127.0]), "{}", cpu.isa());
+            }
+            let negative = vec![u32::MAX; n_planes * words.len()];
+            let (sign_words, low) = negative.split_at(words.len());
+            let planes = BitPlanes { signs: SignMatrix { words: sign_words, ..signs }, low };
+            let (mut scores, mut scales) = ([0; 2], [0.0]);
+            cpu.scores(&planes, 1, &vec![2.0; n_cols], &mut scores, &mut scales).unwrap();
+            let want = -127 * ((1 << n_planes) - 1) * n_cols as i32;
+            assert_eq!((scores, scales), ([want; 2], [63.5]), "{}", cpu.isa());
+        }
+    }
 }

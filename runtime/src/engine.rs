@@ -17,6 +17,10 @@ pub(crate) enum RowChoice {
     Limit(u32),
     /// Gate rows whose n_neg is at most the row's limit, `(intermediate_size,)`.
     RowLimits(Vec<u32>),
+    /// Gate rows whose score is at least the layer's threshold.
+    Threshold(f32),
+    /// Gate rows whose score is at least the row's threshold, `(intermediate_size,)`.
+    RowThresholds(Vec<f32>),
 }
 
 /// Which logits of a batch are wanted.

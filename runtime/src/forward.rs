@@ -14,7 +14,7 @@
 
 use format_spec::{ModelConfig, RopeScaling};
 use kernels::{
-    AttentionScratch, AttentionShape, Cpu, Elements, Limits, Matvec, MlpCounts, MlpScratch, Rows, bytes,
+    AttentionScratch, AttentionShape, Cpu, Elements, Limits, Matvec, MlpCounts, MlpScratch, Rows, Thresholds, bytes,
 };
 
 use crate::RuntimeError;
@@ -61,7 +61,7 @@ struct Buffers {
     sin: Vec<f32>,
     gate: Vec<f32>,
     h: Vec<f32>,
-    /// Filled for masked batches and for observers that ask for it.
+    /// Filled for observers that ask for it.
     n_neg: Vec<u32>,
     skip: Vec<bool>,
 }
@@ -159,7 +159,7 @@ impl<'m> CpuEngine<'m> {
         layer: usize,
         n_tokens: usize,
         masked: bool,
-        observer: Option<&mut (dyn MlpObserver + '_)>,
+        mut observer: Option<&mut (dyn MlpObserver + '_)>,
     ) -> Result<(), RuntimeError> {
         let w = &self.weights.layers[layer];
         let b = self.buffers.first(n_tokens);
@@ -169,24 +169,22 @@ impl<'m> CpuEngine<'m> {
         for (h, &gate) in b.h.iter_mut().zip(&*b.gate) {
             *h *= self.activation.apply(gate);
         }
-        let limits = match rows_of(&self.rows[layer], w) {
-            Rows::Predicted { limits, .. } if masked => Some(limits),
-            _ => None,
-        };
-        let signs = w.signs.as_ref();
+        let signs = w.planes.as_ref().map(|planes| &planes.signs);
         let wants_n_neg = signs.is_some() && observer.as_ref().is_some_and(|observer| observer.wants_n_neg());
-        if let Some(signs) = signs.filter(|_| limits.is_some() || wants_n_neg) {
+        if let Some(signs) = signs.filter(|_| wants_n_neg) {
             self.cpu.n_neg(signs, n_tokens, b.normed, b.n_neg)?;
         }
-        if let Some(limits) = limits {
-            let n_rows = w.mlp.gate.n_rows;
-            for (skip, n_neg) in b.skip.chunks_exact_mut(n_rows).zip(b.n_neg.chunks_exact(n_rows)) {
-                for (row, (skip, &n_neg)) in skip.iter_mut().zip(n_neg).enumerate() {
-                    *skip = n_neg > limits.of(row);
-                }
-            }
+        let has_own_mask = match &mut observer {
+            Some(observer) => observer.mask(layer, n_tokens, b.normed, b.skip),
+            None => false,
+        };
+        let rows = rows_of(&self.rows[layer], w);
+        let is_predicted = matches!(rows, Rows::Predicted { .. } | Rows::Scored { .. });
+        let is_masked = has_own_mask || masked && is_predicted;
+        if is_masked && !has_own_mask {
+            self.cpu.predict(&rows, n_tokens, b.normed, b.skip)?;
         }
-        let skip: &[bool] = if limits.is_some() { b.skip } else { &[] };
+        let skip: &[bool] = if is_masked { b.skip } else { &[] };
         if let Some(observer) = observer {
             let n_neg: &[u32] = if wants_n_neg { b.n_neg } else { &[] };
             observer.mlp(&MlpBatch { layer, n_tokens, x: b.normed, gate: b.gate, h: b.h, n_neg, skip });
@@ -293,15 +291,16 @@ impl Engine for CpuEngine<'_> {
 
 /// The rows that `choice` selects of the layer `w`.
 fn rows_of<'a>(choice: &'a RowChoice, w: &LayerWeights<'a>) -> Rows<'a> {
-    let predicted = |limits| {
-        let signs = w.signs.expect("the reader checked that a layer with limits has sign words");
-        Rows::Predicted { signs, limits }
-    };
+    let planes = || w.planes.expect("the reader checked that a layer with limits has sign words");
+    let predicted = |limits| Rows::Predicted { signs: planes().signs, limits };
+    let scored = |thresholds| Rows::Scored { planes: planes(), thresholds };
     match choice {
         RowChoice::All => Rows::All,
         RowChoice::Active => Rows::Active,
         RowChoice::Limit(limit) => predicted(Limits::Layer(*limit)),
         RowChoice::RowLimits(limits) => predicted(Limits::PerRow(limits)),
+        RowChoice::Threshold(threshold) => scored(Thresholds::Layer(*threshold)),
+        RowChoice::RowThresholds(thresholds) => scored(Thresholds::PerRow(thresholds)),
     }
 }
 

@@ -229,8 +229,8 @@ fn write_statistics(
         writeln!(out, "\nlayer   limit    kept  active")?;
         for (idx, (layer, limit)) in session.usage().layers.iter().zip(session.limits()).enumerate() {
             let shares = RowShares::over(std::slice::from_ref(layer), n_tokens, intermediate_size);
-            let limit = limit.map_or_else(|| "-".to_owned(), |limit| limit.to_string());
-            writeln!(out, "{idx:>5}   {limit:>5}  {}  {}", percent(shares.kept), percent(shares.active))?;
+            let limit = limit.map_or_else(|| "-".to_owned(), limit_text);
+            writeln!(out, "{idx:>5}  {limit:>6}  {}  {}", percent(shares.kept), percent(shares.active))?;
         }
     }
     Ok(())
@@ -295,13 +295,14 @@ fn write_perplexity(out: &mut dyn Write, result: &Perplexity) -> io::Result<()> 
             100.0 * divergence.top1_agreement
         )?;
     }
-    writeln!(out, "\nlayer   limit   alpha    kept  active  recall  missed energy")?;
+    writeln!(out, "\nlayer  predictor     limit   alpha    kept  active  recall  missed energy")?;
     for (idx, layer) in result.layers.iter().enumerate() {
-        let limit = layer.limit.map_or_else(|| "-".to_owned(), |limit| limit.to_string());
+        let limit = layer.limit.map_or_else(|| "-".to_owned(), limit_text);
         let alpha = layer.alpha.map_or_else(|| "-".to_owned(), |alpha| format!("{alpha:.4}"));
         writeln!(
             out,
-            "{idx:>5}   {limit:>5}  {alpha:>6}  {}  {}  {}  {:>11.4} %",
+            "{idx:>5}  {:<12}{limit:>7}  {alpha:>6}  {}  {}  {}  {:>11.4} %",
+            layer.predictor,
             percent(layer.rows_kept),
             percent(layer.rows_active),
             percent(layer.recall),
@@ -384,6 +385,11 @@ fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
 /// A line on stderr; nobody is told when that is closed.
 fn say(line: impl Display) {
     let _ = writeln!(io::stderr().lock(), "{line}");
+}
+
+/// A limit on a count, or a threshold with three digits.
+fn limit_text(limit: f32) -> String {
+    if limit.fract() == 0.0 { limit.to_string() } else { format!("{limit:.3}") }
 }
 
 /// A share in six characters.

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use format_spec::{DType, Layout, ModelConfig, Section, SectionKind};
 use half::{bf16, f16};
-use kernels::{Elements, Matrix, MlpWeights, SignMatrix};
+use kernels::{BitPlanes, Elements, Matrix, MlpWeights, SignMatrix};
 use memmap2::Mmap;
 
 use crate::RuntimeError;
@@ -31,8 +31,8 @@ pub(crate) struct LayerWeights<'m> {
     pub(crate) w_o: Matrix<'m>,
     pub(crate) mlp_norm: &'m [f32],
     pub(crate) mlp: MlpWeights<'m>,
-    /// In files made for prediction.
-    pub(crate) signs: Option<SignMatrix<'m>>,
+    /// What prediction reads, in files made for it.
+    pub(crate) planes: Option<BitPlanes<'m>>,
 }
 
 /// All weights of a model as views of the map.
@@ -89,8 +89,7 @@ impl Model {
         }
     }
 
-    /// Sign words of W_gate of `layer`, `(intermediate_size, ceil(hidden_size / 32))`; a file made without prediction
-    /// has none.
+    /// Sign words of W_gate of `layer`, `(intermediate_size, ceil(hidden_size / 32))`.
     fn gate_signs(&self, layer: usize) -> Option<SignMatrix<'_>> {
         let section = self.layout.find(SectionKind::GateSigns, Some(layer as u32))?;
         let config = self.config();
@@ -99,6 +98,28 @@ impl Model {
             n_rows: config.intermediate_size as usize,
             n_words: config.hidden_size.div_ceil(32) as usize,
         })
+    }
+
+    /// Gate projection of `layer`, `(intermediate_size, hidden_size)`.
+    ///
+    /// # Panics
+    /// If the model has no such layer.
+    pub fn w_gate(&self, layer: usize) -> Matrix<'_> {
+        self.matrix(SectionKind::WGate, Some(layer))
+    }
+
+    /// The bits of W_gate of `layer` that scores are made of: its signs and what the file holds of planes below them; a
+    /// file made without prediction has none.
+    pub fn gate_planes(&self, layer: usize) -> Option<BitPlanes<'_>> {
+        let low = self.layout.find(SectionKind::GatePlanes, Some(layer as u32));
+        let low = low.map_or(&[][..], |section| bytemuck::cast_slice(section.bytes(&self.map)));
+        Some(BitPlanes { signs: self.gate_signs(layer)?, low })
+    }
+
+    /// Offsets on the thresholds of the rows of `layer`, `(intermediate_size,)`, where the file has them.
+    pub fn gate_offsets(&self, layer: usize) -> Option<&[f32]> {
+        let section = self.layout.find(SectionKind::GateOffsets, Some(layer as u32))?;
+        Some(bytemuck::cast_slice(section.bytes(&self.map)))
     }
 
     /// `|W_down[:, i]|^2` for every neuron i of `layer`, `(intermediate_size,)`: what a missed row costs is
@@ -148,7 +169,7 @@ impl Model {
                 up: matrix(SectionKind::WUp),
                 down_t: matrix(SectionKind::WDownT),
             },
-            signs: self.gate_signs(layer),
+            planes: self.gate_planes(layer),
         }
     }
 

@@ -74,8 +74,10 @@ pub struct LayerQuality {
     pub recall: f64,
     /// Share of the MLP's output energy in rows left out.
     pub missed_energy: f64,
-    /// Largest n_neg computed; none where nothing is predicted.
-    pub limit: Option<u32>,
+    /// Name of the predictor.
+    pub predictor: &'static str,
+    /// Largest n_neg, or smallest score, computed; none where nothing is predicted.
+    pub limit: Option<f32>,
     /// The ratio that folds into `limit`.
     pub alpha: Option<f64>,
 }
@@ -300,7 +302,9 @@ impl RowObserver {
             .iter()
             .zip(session.limits().iter().zip(records))
             .map(|(counts, (&limit, record))| {
-                counts.quality(limit, limit.map(|_| f64::from(record.alpha) * alpha_scale))
+                let alpha = limit.filter(|_| !record.kind.has_score());
+                let alpha = alpha.map(|_| f64::from(record.alpha) * alpha_scale);
+                counts.quality(record.kind.name(), limit, alpha)
             })
             .collect()
     }
@@ -344,7 +348,7 @@ impl RowCounts {
         }
     }
 
-    fn quality(&self, limit: Option<u32>, alpha: Option<f64>) -> LayerQuality {
+    fn quality(&self, predictor: &'static str, limit: Option<f32>, alpha: Option<f64>) -> LayerQuality {
         let n_pairs = self.n_pairs as f64;
         let n_active_missed = (self.n_active - self.n_active_kept) as f64;
         LayerQuality {
@@ -352,6 +356,7 @@ impl RowCounts {
             rows_active: ratio(self.n_active as f64, n_pairs),
             recall: 1.0 - ratio(n_active_missed, self.n_active as f64),
             missed_energy: ratio(self.missed_energy, self.energy),
+            predictor,
             limit,
             alpha,
         }
@@ -426,16 +431,16 @@ mod tests {
             &[1.0, 100.0, 8.0, 4.0],
             kernels::Activation::Relu,
         );
-        let quality = counts.quality(Some(3), Some(1.5));
+        let quality = counts.quality("sign", Some(3.0), Some(1.5));
         assert_close(quality.rows_kept, 0.5);
         assert_close(quality.rows_active, 0.75);
         assert_close(quality.recall, 2.0 / 3.0);
         assert_close(quality.missed_energy, 4.0 / 16.0);
-        assert_eq!((quality.limit, quality.alpha), (Some(3), Some(1.5)));
+        assert_eq!((quality.limit, quality.alpha), (Some(3.0), Some(1.5)));
 
         let mut counts = RowCounts::default();
         counts.add(&[-1.0], &[0.0], &[], &[1.0], kernels::Activation::Relu);
-        let quality = counts.quality(None, None);
+        let quality = counts.quality("off", None, None);
         assert_close(quality.rows_kept, 1.0);
         assert_close(quality.recall, 1.0);
         assert_close(quality.missed_energy, 0.0);

@@ -61,6 +61,13 @@ pub trait MlpObserver {
         false
     }
 
+    /// Fills `skip (n_tokens, intermediate_size)` with the rows of `layer` to leave out for the input
+    /// `x (n_tokens, hidden_size)`, in place of those that the session would. False leaves the choice to the session.
+    fn mask(&mut self, layer: usize, n_tokens: usize, x: &[f32], skip: &mut [bool]) -> bool {
+        let _ = (layer, n_tokens, x, skip);
+        false
+    }
+
     /// Called once for each layer of each batch, before the down projection.
     fn mlp(&mut self, batch: &MlpBatch<'_>);
 }
@@ -93,7 +100,9 @@ pub struct Session<'m> {
     n_positions: usize,
     n_positions_max: usize,
     n_batch_max: usize,
-    limits: Vec<Option<u32>>,
+    limits: Vec<Option<f32>>,
+    /// In place of the stored limits and thresholds, one for each layer.
+    budget: Option<Vec<f32>>,
     usage: Usage,
 }
 
@@ -115,6 +124,7 @@ impl<'m> Session<'m> {
             n_positions_max: options.n_positions_max,
             n_batch_max: options.n_batch_max,
             limits: Vec::new(),
+            budget: None,
             usage: Usage::default(),
         };
         session.set_mode(options.mode, options.alpha_scale);
@@ -135,14 +145,19 @@ impl<'m> Session<'m> {
     /// Changes the rows that decode reads; the context stays.
     pub fn set_mode(&mut self, mode: MlpMode, alpha_scale: f64) {
         let n_layers = self.model.config().num_hidden_layers;
-        let choice = |layer| RowChoice::new(mode, stored_rows(self.model, layer, alpha_scale));
+        let choice = |layer: u32| {
+            let budget = self.budget.as_ref().map(|limits| limits[layer as usize]);
+            RowChoice::new(mode, stored_rows(self.model, layer, budget, alpha_scale))
+        };
         let rows: Vec<RowChoice> = (0..n_layers).map(choice).collect();
         self.limits = rows
             .iter()
             .map(|choice| match choice {
                 RowChoice::All | RowChoice::Active => None,
-                RowChoice::Limit(limit) => Some(*limit),
-                RowChoice::RowLimits(limits) => limits.iter().max().copied(),
+                RowChoice::Limit(limit) => Some(*limit as f32),
+                RowChoice::RowLimits(limits) => limits.iter().max().map(|&limit| limit as f32),
+                RowChoice::Threshold(threshold) => Some(*threshold),
+                RowChoice::RowThresholds(thresholds) => thresholds.iter().copied().reduce(f32::min),
             })
             .collect();
         self.engine.set_rows(rows);
@@ -163,9 +178,9 @@ impl<'m> Session<'m> {
         self.engine.describe()
     }
 
-    /// The limits on n_neg that decoding uses, one per layer (the largest where rows have their own); `None` where a
-    /// layer predicts nothing.
-    pub fn limits(&self) -> &[Option<u32>] {
+    /// The limits on n_neg, or thresholds on scores, that decoding uses, one per layer (the widest where rows have
+    /// their own); `None` where a layer predicts nothing.
+    pub fn limits(&self) -> &[Option<f32>] {
         &self.limits
     }
 
@@ -260,8 +275,11 @@ impl<'m> Session<'m> {
     }
 }
 
-/// What the file's record for `layer` keeps, its alpha multiplied by `alpha_scale`; `None` where it predicts nothing.
-fn stored_rows(model: &Model, layer: u32, alpha_scale: f64) -> Option<RowChoice> {
+/// What the file's record for `layer` keeps, with its limit or threshold replaced by that of a `budget` and then
+/// scaled; `None` where it predicts nothing.
+///
+/// A scale multiplies alpha, or the distance of a threshold from 0 on the side that keeps more rows.
+fn stored_rows(model: &Model, layer: u32, budget: Option<f32>, alpha_scale: f64) -> Option<RowChoice> {
     let hidden_size = model.config().hidden_size;
     let scaled = |limit: u32, alpha: f64| {
         if alpha_scale == 1.0 { limit } else { limit_from_alpha(alpha * alpha_scale, hidden_size) }
@@ -269,11 +287,27 @@ fn stored_rows(model: &Model, layer: u32, alpha_scale: f64) -> Option<RowChoice>
     let record = &model.layout().predictors()[layer as usize];
     match record.kind {
         PredictorKind::Off => None,
-        PredictorKind::Sign => Some(RowChoice::Limit(scaled(record.limit, f64::from(record.alpha)))),
+        PredictorKind::Sign => {
+            let stored = (record.limit, f64::from(record.alpha));
+            let (limit, alpha) = budget
+                .map_or(stored, |limit| (limit as u32, alpha_from_limit(limit as u32, hidden_size)));
+            Some(RowChoice::Limit(scaled(limit, alpha)))
+        }
         PredictorKind::SignPerRow => {
             let limits = model.words(SectionKind::GateLimits, Some(layer as usize)).iter();
             let scaled = limits.map(|&limit| scaled(limit, alpha_from_limit(limit, hidden_size)));
             Some(RowChoice::RowLimits(scaled.collect()))
+        }
+        PredictorKind::SignX8 | PredictorKind::W2 | PredictorKind::W3 => {
+            let threshold = f64::from(budget.unwrap_or(record.threshold));
+            let factor = if threshold < 0.0 { alpha_scale } else { alpha_scale.recip() };
+            let threshold = (threshold * factor) as f32;
+            Some(match model.gate_offsets(layer as usize) {
+                None => RowChoice::Threshold(threshold),
+                Some(offsets) => {
+                    RowChoice::RowThresholds(offsets.iter().map(|offset| threshold + offset).collect())
+                }
+            })
         }
     }
 }

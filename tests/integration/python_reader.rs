@@ -79,8 +79,10 @@ fn assert_predictors(found: &[Value], layout: &Layout) {
         assert_eq!(found["kind"], expected.kind.name());
         assert_eq!(found["limit"].as_u64(), Some(u64::from(expected.limit)));
         assert_eq!(found["n_tokens"].as_u64(), Some(u64::from(expected.n_tokens)));
-        let alpha: f64 = found["alpha"].as_str().expect("text").parse().expect("a number");
-        assert_eq!(alpha, f64::from(expected.alpha));
+        for (name, expected) in [("alpha", expected.alpha), ("threshold", expected.threshold)] {
+            let value: f64 = found[name].as_str().expect("text").parse().expect("a number");
+            assert_eq!(value, f64::from(expected), "{name}");
+        }
         for (name, share) in [
             ("rows_active", expected.rows_active),
             ("rows_kept", expected.rows_kept),

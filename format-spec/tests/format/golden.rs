@@ -27,6 +27,7 @@ fn sample() -> Sample {
     sample.weights.retain(|(spec, _)| spec.kind != SectionKind::GateLimits);
     sample.predictors[0].kind = format_spec::PredictorKind::Sign;
     sample.curves = None;
+    sample.budget = None;
     sample
 }
 

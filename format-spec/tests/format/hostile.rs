@@ -1,6 +1,6 @@
 //! One case per rule: a good file with one field changed, checksummed again so that the rule itself fires.
 
-use format_spec::{Activation, DType, FormatError, Layout, SectionKind};
+use format_spec::{Activation, DType, FormatError, Layout, PredictorKind, SectionKind};
 
 use crate::patch::{Patch, assert_refused, header, read_all, record, refused, row};
 use crate::sample::{Sample, config};
@@ -56,9 +56,9 @@ fn the_other_byte_order() {
 #[test]
 fn another_major_version() {
     let error = refused(&good(), |file| file.bytes[header::MAJOR] = 2);
-    assert_refused!(error, FormatError::Version { found: (2, 0), .. }, "byte 8", "2.0", "1.x");
+    assert_refused!(error, FormatError::Version { found: (2, 1), .. }, "byte 8", "2.1", "1.x");
     let error = refused(&good(), |file| file.bytes[header::MAJOR] = 0);
-    assert_refused!(error, FormatError::Version { found: (0, 0), .. }, "0.0");
+    assert_refused!(error, FormatError::Version { found: (0, 1), .. }, "0.1");
 }
 
 #[test]
@@ -530,13 +530,11 @@ fn refused_record(at: usize, value: u32) -> FormatError {
 
 #[test]
 fn predictor_records_out_of_range() {
-    for (code, meaning) in [(3, "inputs of several bits"), (4, "low-rank parts")] {
-        let error = refused_record(record::KIND, code);
-        assert_refused!(error, FormatError::ReservedCode { .. }, "(predictors)", meaning, "reserved");
-    }
-    assert_refused!(refused_record(record::KIND, 5), FormatError::UnknownCode { .. }, "predictor kind is 5");
+    let error = refused_record(record::KIND, 4);
+    assert_refused!(error, FormatError::ReservedCode { .. }, "(predictors)", "low-rank parts", "reserved");
+    assert_refused!(refused_record(record::KIND, 7), FormatError::UnknownCode { .. }, "predictor kind is 7");
     let error = refused_record(record::RESERVED + 4, 1);
-    let at = Patch { bytes: good() }.section(SectionKind::Predictors, None) + 64 + 36;
+    let at = Patch { bytes: good() }.section(SectionKind::Predictors, None) + 64 + 40;
     assert_refused!(error, FormatError::Reserved { .. }, "(predictors)", format!("byte {at}"));
     let error = refused_record(record::LIMIT, 37);
     assert_refused!(error, FormatError::Predictor { .. }, "layer 1", "limit is 37", "hidden_size 36");
@@ -548,6 +546,64 @@ fn predictor_records_out_of_range() {
         let error = refused_record(record::RECALL, share.to_bits());
         assert_refused!(error, FormatError::Predictor { .. }, "layer 1", "recall", share);
     }
+}
+
+#[test]
+fn thresholds_of_other_kinds_and_such_as_are_no_numbers() {
+    let error = refused_record(record::THRESHOLD, 1.0_f32.to_bits());
+    assert_refused!(error, FormatError::Predictor { .. }, "layer 1", "threshold is 1", "expected 0");
+    let error = refused(&scored(PredictorKind::W2), |file| {
+        let at = file.section(SectionKind::Predictors, None) + record::RECORD_LEN + record::THRESHOLD;
+        file.f32(at, f32::NAN);
+    });
+    assert_refused!(error, FormatError::Predictor { .. }, "layer 1", "threshold is NaN");
+}
+
+/// A good file whose last layer has a predictor of `kind`.
+fn scored(kind: PredictorKind) -> Vec<u8> {
+    let seed = (0..4).find(|&seed| Sample::new(config(), DType::F16, seed).predictors[1].kind == kind);
+    Sample::new(config(), DType::F16, seed.expect("a seed of each kind")).bytes()
+}
+
+#[test]
+fn planes_and_offsets_that_do_not_fit() {
+    let kind_at = |file: &Patch| file.section(SectionKind::Predictors, None) + record::RECORD_LEN + record::KIND;
+    let bytes = scored(PredictorKind::W2);
+    let error = refused(&bytes, |file| file.u32(kind_at(file), 6));
+    assert_refused!(error, FormatError::GatePlanes { found: 1, expected: 2, .. }, "layer 1", "w3");
+    let error = refused(&bytes, |file| file.u32(kind_at(file), 3));
+    assert_refused!(error, FormatError::GatePlanes { found: 1, expected: 0, .. }, "layer 1", "sign_x8");
+    let error = refused(&scored(PredictorKind::SignX8), |file| file.u32(kind_at(file), 5));
+    assert_refused!(
+        error,
+        FormatError::MissingSection { kind: SectionKind::GatePlanes, .. },
+        "gate_planes",
+        "layer 1"
+    );
+    let error = refused(&bytes, |file| {
+        let at = file.section(SectionKind::GatePlanes, Some(1)) + 3 * 8 + 4;
+        file.u32(at, file.get_u32(at) | 1 << 4);
+    });
+    assert_refused!(error, FormatError::SignTail { row: 3, .. }, "(gate_planes, layer 1)", "column 36");
+    let error = refused(&bytes, |file| {
+        file.f32(file.section(SectionKind::GateOffsets, Some(1)) + 5 * 4, f32::INFINITY);
+    });
+    assert_refused!(error, FormatError::GateOffset { row: 5, .. }, "(gate_offsets, layer 1)", "inf", "finite");
+}
+
+#[test]
+fn budgets_out_of_range() {
+    let refused_budget = |value: usize, found: f32| {
+        let at = (4 + value) * 4;
+        refused(&good(), |file| file.f32(file.section(SectionKind::BudgetCurve, None) + at, found))
+    };
+    for (value, field) in [(0, "kl"), (1, "mlp_bytes"), (2, "limit of layer 0"), (3, "limit of layer 1")] {
+        for found in [-1.0, f32::INFINITY] {
+            let error = refused_budget(value, found);
+            assert_refused!(error, FormatError::Budget { point: 1, .. }, "(budget_curve)", field, found);
+        }
+    }
+    assert_refused!(refused_budget(2, 1.5), FormatError::Budget { .. }, "limit of layer 0 is 1.5");
 }
 
 #[test]

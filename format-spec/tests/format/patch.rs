@@ -57,7 +57,8 @@ pub(crate) mod record {
     pub(crate) const LIMIT: usize = 4;
     pub(crate) const ALPHA: usize = 8;
     pub(crate) const RECALL: usize = 20;
-    pub(crate) const RESERVED: usize = 32;
+    pub(crate) const THRESHOLD: usize = 32;
+    pub(crate) const RESERVED: usize = 36;
     pub(crate) const RECORD_LEN: usize = 64;
 }
 

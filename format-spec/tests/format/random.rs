@@ -62,6 +62,7 @@ fn records() -> impl Strategy<Value = PredictorRecord> {
             recall,
             missed_energy,
             n_tokens,
+            threshold: 0.0,
         },
     )
 }
@@ -103,11 +104,18 @@ proptest! {
         sample.alignment_bytes = 1 << alignment_log;
         if config.activation != Activation::Silu {
             for (record, random) in sample.predictors.iter_mut().zip(records) {
-                *record = PredictorRecord { limit: random.limit % (config.hidden_size + 1), ..random };
+                // The sections that a score needs are there only for the sample's own kind.
+                let (kind, threshold) = match record.kind.has_score() {
+                    true => (record.kind, random.alpha - 5.0),
+                    false => (random.kind, 0.0),
+                };
+                let limit = random.limit % (config.hidden_size + 1);
+                *record = PredictorRecord { kind, threshold, limit, ..random };
             }
         }
         if !has_curves {
             sample.curves = None;
+            sample.budget = None;
         }
         let tokenizer = &mut sample.tokenizer;
         tokenizer.pieces = pieces;

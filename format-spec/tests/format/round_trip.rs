@@ -53,7 +53,7 @@ fn equal_samples_are_equal_bytes() {
 
 #[test]
 fn sections_are_found_by_kind_and_layer_alone() {
-    let bytes = Sample::new(config(), DType::F16, 6).bytes();
+    let bytes = Sample::new(config(), DType::F16, 9).bytes();
     let layout = Layout::parse(&bytes).expect("valid");
     assert!(layout.find(SectionKind::WQ, Some(1)).is_some());
     assert!(layout.find(SectionKind::WQ, Some(2)).is_none());

@@ -3,10 +3,11 @@
 use std::path::Path;
 
 use format_spec::metadata::byte_of;
+use format_spec::signs::{n_words, tail_mask};
 use format_spec::{
-    Activation, AddedToken, CalibrationCurve, CalibrationText, CurvePoint, DType, DummyPrefix, Layout,
+    Activation, AddedToken, BudgetPoint, CalibrationCurve, CalibrationText, CurvePoint, DType, DummyPrefix, Layout,
     ModelConfig, Piece, PieceKind, PredictorKind, PredictorRecord, Provenance, Rope, RopeScaling,
-    SectionKind, SectionSpec, SourceFile, Tail, Tokenizer, Writer,
+    SectionKind, SectionSpec, Shape, SourceFile, Tail, Tokenizer, Writer,
 };
 use half::{bf16, f16};
 
@@ -18,6 +19,7 @@ pub(crate) struct Sample {
     pub(crate) weights: Vec<(SectionSpec, Vec<u8>)>,
     pub(crate) predictors: Vec<PredictorRecord>,
     pub(crate) curves: Option<Vec<CalibrationCurve>>,
+    pub(crate) budget: Option<Vec<BudgetPoint>>,
     pub(crate) tokenizer: Tokenizer,
     pub(crate) provenance: Option<Provenance>,
 }
@@ -59,14 +61,14 @@ pub(crate) fn tiny_config() -> ModelConfig {
 }
 
 impl Sample {
-    /// A full file of `config`: matrices of `dtype`, a predictor per row in the last layer unless the activation is
-    /// silu, curves and provenance.
+    /// A full file of `config`: matrices of `dtype`, a predictor per row in the last layer (its kind by the seed) unless
+    /// the activation is silu, curves and provenance.
     pub(crate) fn new(config: ModelConfig, dtype: DType, seed: u64) -> Self {
         let mut values = Values(seed);
         let is_sparse = config.activation != Activation::Silu;
         let n_layers = config.num_hidden_layers;
         let predictors =
-            (0..n_layers).map(|layer| record(&config, layer, is_sparse)).collect::<Vec<PredictorRecord>>();
+            (0..n_layers).map(|layer| record(&config, layer, is_sparse, seed)).collect::<Vec<PredictorRecord>>();
         let mut weights = vec![weight(&config, SectionKind::Embedding, None, dtype, &mut values)];
         for layer in 0..n_layers {
             use SectionKind::{AttnNorm, MlpNorm, WDownT, WGate, WK, WO, WQ, WUp, WV};
@@ -77,7 +79,16 @@ impl Sample {
                 }
                 weights.push(weight);
             }
-            if predictors[layer as usize].kind == PredictorKind::SignPerRow {
+            let kind = predictors[layer as usize].kind;
+            if kind.n_planes() > 1 {
+                weights.push(planes(&config, layer, kind.n_planes() - 1, &mut values));
+            }
+            if kind.has_score() {
+                let offsets = (0..config.intermediate_size).flat_map(|_| values.next().to_le_bytes());
+                let spec = spec(&config, SectionKind::GateOffsets, Some(layer), DType::F32);
+                weights.push((spec, offsets.collect()));
+            }
+            if kind == PredictorKind::SignPerRow {
                 let limit = |row| (row * 7 + 1) % (config.hidden_size + 1);
                 let bytes = (0..config.intermediate_size).flat_map(|row| limit(row).to_le_bytes()).collect();
                 weights.push((spec(&config, SectionKind::GateLimits, Some(layer), DType::U32), bytes));
@@ -87,7 +98,12 @@ impl Sample {
         if !config.tie_word_embeddings {
             weights.push(weight(&config, SectionKind::LmHead, None, dtype, &mut values));
         }
-        let curves = (0..n_layers).map(|layer| curve(&config, layer)).collect();
+        let curves = (0..n_layers).map(|layer| curve(&config, layer, &predictors[layer as usize])).collect();
+        let budget = [(0.0, 0.9), (f32::NAN, 0.5), (0.25, 0.125)].map(|(kl, mlp_bytes)| BudgetPoint {
+            kl,
+            mlp_bytes,
+            limits: predictors.iter().map(|record| if record.kind.has_score() { -1.5 } else { 2.0 }).collect(),
+        });
         Self {
             tokenizer: tokenizer(&config),
             config,
@@ -95,6 +111,7 @@ impl Sample {
             weights,
             predictors,
             curves: Some(curves),
+            budget: Some(budget.into()),
             provenance: Some(provenance()),
         }
     }
@@ -103,6 +120,7 @@ impl Sample {
         Tail {
             predictors: &self.predictors,
             curves: self.curves.as_deref(),
+            budget: self.budget.as_deref(),
             tokenizer: &self.tokenizer,
             provenance: self.provenance.as_ref(),
         }
@@ -137,7 +155,8 @@ impl Sample {
         let layout = Layout::parse(file).expect("a valid file");
         assert_eq!(layout.config(), &self.config);
         assert_eq!(layout.alignment_bytes(), self.alignment_bytes);
-        let n_tail = 2 + usize::from(self.curves.is_some()) + usize::from(self.provenance.is_some());
+        let optional = [self.curves.is_some(), self.budget.is_some(), self.provenance.is_some()];
+        let n_tail = 2 + optional.into_iter().map(usize::from).sum::<usize>();
         assert_eq!(layout.sections().len(), self.weights.len() + n_tail);
         for ((spec, bytes), section) in self.weights.iter().zip(layout.sections()) {
             assert_eq!((section.kind, section.layer), (spec.kind, spec.layer), "file order");
@@ -152,6 +171,7 @@ impl Sample {
             format!("{:?}", layout.calibration_curves(file).expect("curves")),
             format!("{:?}", self.curves)
         );
+        assert_eq!(format!("{:?}", layout.budget_curve(file).expect("budgets")), format!("{:?}", self.budget));
         assert_eq!(layout.tokenizer(file).expect("tokenizer"), self.tokenizer);
         assert_eq!(layout.provenance(file).expect("provenance"), self.provenance);
         let mut done = Vec::new();
@@ -219,12 +239,42 @@ fn signs(config: &ModelConfig, layer: u32, weights: &[u8], dtype: DType) -> (Sec
     (spec(config, SectionKind::GateSigns, Some(layer), DType::U32), bytes)
 }
 
-fn record(config: &ModelConfig, layer: u32, is_sparse: bool) -> PredictorRecord {
+/// `n_planes` planes below the signs.
+fn planes(
+    config: &ModelConfig,
+    layer: u32,
+    n_planes: u32,
+    values: &mut Values,
+) -> (SectionSpec, Vec<u8>) {
+    let signs = SectionKind::GateSigns.expected_shape(config).expect("weights have shapes");
+    let shape = Shape::new(&[&[u64::from(n_planes)], signs.dims()].concat());
+    let n_words = n_words(config.hidden_size);
+    let words = (0..shape.n_elements().expect("small") as u32).map(|idx| {
+        let is_last = (idx + 1).is_multiple_of(n_words);
+        values.next().to_bits() & if is_last { !tail_mask(config.hidden_size) } else { u32::MAX }
+    });
+    let bytes = words.flat_map(u32::to_le_bytes).collect();
+    let kind = SectionKind::GatePlanes;
+    let spec = SectionSpec {
+        kind,
+        layer: Some(layer),
+        dtype: DType::U32,
+        shape,
+        encoding: kind.encoding(),
+        required: kind.is_required(),
+    };
+    (spec, bytes)
+}
+
+fn record(config: &ModelConfig, layer: u32, is_sparse: bool, seed: u64) -> PredictorRecord {
     let is_last = layer + 1 == config.num_hidden_layers;
     let kind = match (is_sparse, is_last) {
         (false, _) => PredictorKind::Off,
         (true, false) => PredictorKind::Sign,
-        (true, true) => PredictorKind::SignPerRow,
+        (true, true) => {
+            use PredictorKind::{SignPerRow, SignX8, W2, W3};
+            [W2, SignPerRow, W3, SignX8][seed as usize % 4]
+        }
     };
     let (limit, alpha) = match kind {
         PredictorKind::Off => (config.hidden_size, f32::INFINITY),
@@ -239,14 +289,15 @@ fn record(config: &ModelConfig, layer: u32, is_sparse: bool) -> PredictorRecord 
         recall: 0.99,
         missed_energy: if is_last { f32::NAN } else { 0.001 },
         n_tokens: 512 + layer,
+        threshold: if kind.has_score() { -2.5 } else { 0.0 },
     }
 }
 
-fn curve(config: &ModelConfig, layer: u32) -> CalibrationCurve {
+fn curve(config: &ModelConfig, layer: u32, record: &PredictorRecord) -> CalibrationCurve {
     let mut limits = vec![0, config.hidden_size / 2, config.hidden_size];
     limits.dedup();
-    let point = |(step, limit)| CurvePoint {
-        limit,
+    let point = |(step, limit): (u8, u32)| CurvePoint {
+        limit: if record.kind.has_score() { 0.75 - limit as f32 } else { limit as f32 },
         rows_kept: step as f32 * 0.5,
         recall: if layer == 0 { f32::NAN } else { step as f32 * 0.25 },
         missed_energy: 1.0 - step as f32 * 0.5,

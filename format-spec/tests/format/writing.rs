@@ -8,7 +8,7 @@ use format_spec::{DType, FormatError, Layout, SectionKind, Writer};
 use crate::sample::{Sample, config, spec};
 
 fn sample() -> Sample {
-    Sample::new(config(), DType::F16, 11)
+    Sample::new(config(), DType::F16, 13)
 }
 
 fn names(folder: &Path) -> Vec<String> {

@@ -1,0 +1,112 @@
+//! Choosing what each layer predicts with: kinds, what they cost, and how far they lead from the dense model.
+//!
+//! ```text
+//! fit       dense pass over half of the text; for each layer and kind, rows kept and energy missed by limit
+//! search    for a price of missed energy, the kind and limit of each layer that read the fewest bytes
+//! measure   masked pass over the other half, or over new text: KL divergence from the dense pass, rows, energy
+//! ```
+
+mod fit;
+mod histogram;
+mod measure;
+mod planes;
+mod search;
+
+use format_spec::{PredictorKind, PredictorRecord};
+
+pub(crate) use fit::{Fit, LayerFit};
+pub(crate) use histogram::{Histogram, LimitEffect};
+pub(crate) use measure::{Masking, Measured, Reference, measure};
+pub(crate) use search::{Setting, budgets};
+
+/// A way to predict that `prep` can calibrate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// Every gate row.
+    Exact,
+    /// Signs of W_gate against signs of the input.
+    Sign,
+    /// Signs of W_gate times the input in 8 bits.
+    SignX8,
+    /// W_gate in 2 bits times the input in 8.
+    W2,
+    /// W_gate in 3 bits times the input in 8.
+    W3,
+}
+
+impl Kind {
+    /// All of them, by what they read.
+    pub const ALL: [Self; 5] = [Self::Exact, Self::Sign, Self::SignX8, Self::W2, Self::W3];
+
+    /// As on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Exact => "exact",
+            Self::Sign => "sign",
+            Self::SignX8 => "sign-x8",
+            Self::W2 => "w2",
+            Self::W3 => "w3",
+        }
+    }
+
+    /// The code of its records.
+    pub(crate) fn record_kind(self) -> PredictorKind {
+        match self {
+            Self::Exact => PredictorKind::Off,
+            Self::Sign => PredictorKind::Sign,
+            Self::SignX8 => PredictorKind::SignX8,
+            Self::W2 => PredictorKind::W2,
+            Self::W3 => PredictorKind::W3,
+        }
+    }
+
+    /// The kind that a record names; a limit for each row counts as a limit.
+    pub(crate) fn of_record(record: &PredictorRecord) -> Self {
+        match record.kind {
+            PredictorKind::Off => Self::Exact,
+            PredictorKind::Sign | PredictorKind::SignPerRow => Self::Sign,
+            PredictorKind::SignX8 => Self::SignX8,
+            PredictorKind::W2 => Self::W2,
+            PredictorKind::W3 => Self::W3,
+        }
+    }
+}
+
+/// Bytes of one layer's MLP, for shares and sums of them.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct MlpBytes {
+    /// Rows.
+    pub(crate) n_rows: f64,
+    /// Of a row of W_gate, and of W_up and W_down each.
+    pub(crate) row: f64,
+    /// Of one plane of bits.
+    pub(crate) plane: f64,
+}
+
+impl MlpBytes {
+    pub(crate) fn new(model: &runtime::Model) -> Self {
+        let config = model.config();
+        let (n_rows, n_cols) = (f64::from(config.intermediate_size), f64::from(config.hidden_size));
+        let row = n_cols * model.w_gate(0).data.element_bytes() as f64;
+        Self { n_rows, row, plane: n_rows * 4.0 * f64::from(config.hidden_size.div_ceil(32)) }
+    }
+
+    /// What predicting with `kind` reads.
+    pub(crate) fn predictor(&self, kind: Kind) -> f64 {
+        match kind {
+            Kind::Exact => 0.0,
+            Kind::Sign => self.plane,
+            kind => self.plane * f64::from(kind.record_kind().n_planes()),
+        }
+    }
+
+    /// Predictor and gate rows of a token, over a dense W_gate.
+    pub(crate) fn gate_share(&self, kind: Kind, rows_kept: f64) -> f64 {
+        self.predictor(kind) / (self.n_rows * self.row) + rows_kept
+    }
+
+    /// Everything that a token reads, over the three dense matrices.
+    pub(crate) fn mlp_share(&self, kind: Kind, rows_kept: f64, rows_active_kept: f64) -> f64 {
+        (self.gate_share(kind, rows_kept) + 2.0 * rows_active_kept) / 3.0
+    }
+}
