@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use clap::builder::PossibleValuesParser;
 use clap::error::ErrorKind;
-use clap::{CommandFactory, Parser, ValueEnum};
+use clap::{ArgAction, CommandFactory, Parser, ValueEnum};
 
 use runtime::MlpMode;
 use runtime::chat::ChatFormat;
@@ -18,6 +18,7 @@ use runtime::sampler::SamplerOptions;
 #[command(
     name = "runtime",
     version,
+    disable_help_flag = true,
     after_help = "Text goes to stdout, statistics and errors to stderr. \
                   Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted."
 )]
@@ -26,11 +27,21 @@ pub(crate) struct Cli {
     #[arg(value_name = "FILE", required_unless_present = "list_devices")]
     pub(crate) file: Option<PathBuf>,
 
+    /// Print this help and stop
+    #[arg(short, long, action = ArgAction::HelpShort)]
+    help: Option<bool>,
+
     /// Prompt; with --bench, its number of tokens [bench default: 512]
     #[arg(short, long, value_name = "TEXT", help_heading = "Prompt", allow_hyphen_values = true)]
     prompt: Option<String>,
     /// Read the prompt from a file, - for stdin; a newline at its end is left out
-    #[arg(short = 'f', long = "file", value_name = "PATH", help_heading = "Prompt", conflicts_with = "prompt")]
+    #[arg(
+        short = 'f',
+        long = "file",
+        value_name = "PATH",
+        help_heading = "Prompt",
+        conflicts_with = "prompt"
+    )]
     prompt_file: Option<PathBuf>,
     /// Put the prompt in a chat format
     #[arg(long, value_name = "NAME", help_heading = "Prompt", value_parser = chat_names())]
@@ -92,7 +103,7 @@ pub(crate) struct Cli {
     /// Threads, 0 for one on each core
     #[arg(short, long, value_name = "N", help_heading = "Machine", default_value_t = 0, value_parser = count(0..=1024))]
     pub(crate) threads: usize,
-    /// Which MLP rows decoding reads
+    /// MLP rows that decoding reads: those kept by the stored predictor, those that are active, or all
     #[arg(long, value_enum, value_name = "MODE", help_heading = "Machine", default_value_t = Predictor::Stored)]
     pub(crate) predictor: Predictor,
     /// Factor on the stored alphas: above 1 keeps more rows, below 1 fewer
@@ -106,7 +117,7 @@ pub(crate) struct Cli {
     #[arg(long, help_heading = "Output")]
     pub(crate) json: bool,
     /// Add the K largest logits of each step to the JSON object
-    #[arg(long, value_name = "K", help_heading = "Output", requires = "json", default_value_t = 0, value_parser = count(0..=usize::MAX))]
+    #[arg(long, value_name = "K", help_heading = "Output", default_value_t = 0, value_parser = count(0..=usize::MAX))]
     pub(crate) logits: usize,
     /// Add rows by layer to the statistics
     #[arg(long, help_heading = "Output")]
@@ -118,25 +129,26 @@ pub(crate) struct Cli {
     /// Measure the speed of a prompt (-p) and of decoding (-n): dense, exact, predicted
     #[arg(long, help_heading = "Measure", conflicts_with_all = ["prompt_file", "chat", "json", "perplexity"])]
     bench: bool,
-    /// Repetitions of --bench
-    #[arg(short, long, value_name = "N", help_heading = "Measure", default_value_t = 5, requires = "bench", value_parser = count(1..=10_000))]
-    repetitions: usize,
-    /// Format of --bench
-    #[arg(long, value_enum, value_name = "FORMAT", help_heading = "Measure", default_value_t = Table::Md, requires = "bench")]
-    output: Table,
+    /// Repetitions of --bench [default: 5]
+    #[arg(short, long, value_name = "N", help_heading = "Measure", value_parser = count(1..=10_000))]
+    repetitions: Option<usize>,
+    /// Format of --bench [default: md]
+    #[arg(long, value_enum, value_name = "FORMAT", help_heading = "Measure")]
+    output: Option<Table>,
     /// Measure perplexity over a text file, - for stdin, in windows of the context
     #[arg(long, value_name = "TEXT", help_heading = "Measure", conflicts_with_all = ["prompt", "prompt_file", "chat"])]
     perplexity: Option<PathBuf>,
     /// Compare with the model's own dense run: KL divergence, top-1 agreement
-    #[arg(long, help_heading = "Measure", requires = "perplexity")]
+    #[arg(long, help_heading = "Measure")]
     kl: bool,
     /// Most windows of --perplexity
-    #[arg(long, value_name = "N", help_heading = "Measure", requires = "perplexity", value_parser = count(1..=usize::MAX))]
+    #[arg(long, value_name = "N", help_heading = "Measure", value_parser = count(1..=usize::MAX))]
     windows: Option<usize>,
 }
 
 const N_BENCH_PROMPT: usize = 512;
 const N_BENCH_DECODE: usize = 128;
+const N_BENCH_REPETITIONS: usize = 5;
 
 /// Value of `--predict`: none for as many as the context holds.
 #[derive(Clone, Copy, Debug)]
@@ -149,11 +161,8 @@ struct Seed(Option<u64>);
 /// Values of `--predictor`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Predictor {
-    /// Rows that the predictor stored in the file keeps
     Stored,
-    /// Every gate row, up and down rows where active: equals dense
     Exact,
-    /// Every row
     Dense,
 }
 
@@ -178,11 +187,8 @@ impl Predictor {
 /// Values of `--output`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Table {
-    /// Markdown
     Md,
-    /// Comma-separated values
     Csv,
-    /// One JSON object
     Json,
 }
 
@@ -240,6 +246,7 @@ impl Cli {
         let Some(file) = self.file.as_deref() else {
             return Err(usage(ErrorKind::MissingRequiredArgument, "FILE is missing"));
         };
+        self.check_companions()?;
         if self.bench {
             return self.bench_action(file);
         }
@@ -266,6 +273,23 @@ impl Cli {
         Ok(Action::Generate { file, prompt, chat, n_predict: self.predict.and_then(|predict| predict.0) })
     }
 
+    /// That flags of one action do not come without it. clap's `requires` gives way to its `conflicts_with`.
+    fn check_companions(&self) -> Result<(), clap::Error> {
+        for (flag, is_given, action, is_asked) in [
+            ("--repetitions", self.repetitions.is_some(), "--bench", self.bench),
+            ("--output", self.output.is_some(), "--bench", self.bench),
+            ("--logits", self.logits > 0, "--json", self.json),
+            ("--kl", self.kl, "--perplexity", self.perplexity.is_some()),
+            ("--windows", self.windows.is_some(), "--perplexity", self.perplexity.is_some()),
+        ] {
+            if is_given && !is_asked {
+                let message = format!("{flag} goes with {action} only");
+                return Err(usage(ErrorKind::MissingRequiredArgument, &message));
+            }
+        }
+        Ok(())
+    }
+
     fn bench_action<'a>(&self, file: &'a Path) -> Result<Action<'a>, clap::Error> {
         let n_prompt = match &self.prompt {
             None => N_BENCH_PROMPT,
@@ -287,7 +311,13 @@ impl Cli {
         if n_prompt == 0 && n_decode == 0 {
             return Err(usage(ErrorKind::ValueValidation, "-p 0 and -n 0 leave --bench nothing to measure"));
         }
-        Ok(Action::Bench { file, n_prompt, n_decode, n_repetitions: self.repetitions, output: self.output })
+        Ok(Action::Bench {
+            file,
+            n_prompt,
+            n_decode,
+            n_repetitions: self.repetitions.unwrap_or(N_BENCH_REPETITIONS),
+            output: self.output.unwrap_or(Table::Md),
+        })
     }
 
     /// The seed asked for, or a random one.
@@ -421,6 +451,8 @@ mod tests {
         refused(&["m.sinf", "-p", "x", "--kl"]);
         refused(&["m.sinf", "-p", "x", "--logits", "3"]);
         refused(&["m.sinf", "-p", "x", "--output", "csv"]);
+        refused(&["m.sinf", "-f", "x", "-r", "3"]);
+        refused(&["m.sinf", "--bench", "--windows", "3"]);
         refused(&["m.sinf", "-p", "x", "--perplexity", "t.txt"]);
     }
 

@@ -68,6 +68,9 @@ impl RuntimeError {
             Self::Io { source, .. } if source.kind() == std::io::ErrorKind::IsADirectory => {
                 Some("make a .sinf file of a model folder first: prep convert FOLDER OUT.sinf")
             }
+            Self::Format { path, .. } if !path.ends_with(".sinf") => {
+                Some("prep convert FOLDER OUT.sinf makes a .sinf file of a model folder")
+            }
             Self::ContextFull { .. } => Some("raise -c/--ctx-size or shorten the prompt"),
             Self::ContextTooLong { .. } => Some("lower -c/--ctx-size; longer contexts give strange text"),
             _ => None,

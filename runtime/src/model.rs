@@ -31,7 +31,8 @@ pub(crate) struct LayerWeights<'m> {
     pub(crate) w_o: Matrix<'m>,
     pub(crate) mlp_norm: &'m [f32],
     pub(crate) mlp: MlpWeights<'m>,
-    pub(crate) signs: SignMatrix<'m>,
+    /// In files made for prediction.
+    pub(crate) signs: Option<SignMatrix<'m>>,
 }
 
 /// All weights of a model as views of the map.
@@ -88,26 +89,16 @@ impl Model {
         }
     }
 
-    /// Sign words of W_gate of `layer`, `(intermediate_size, ceil(hidden_size / 32))`.
-    ///
-    /// # Panics
-    /// If the model has no such layer.
-    pub fn gate_signs(&self, layer: usize) -> SignMatrix<'_> {
-        let words = self.words(SectionKind::GateSigns, Some(layer));
+    /// Sign words of W_gate of `layer`, `(intermediate_size, ceil(hidden_size / 32))`; a file made without prediction
+    /// has none.
+    fn gate_signs(&self, layer: usize) -> Option<SignMatrix<'_>> {
+        let section = self.layout.find(SectionKind::GateSigns, Some(layer as u32))?;
         let config = self.config();
-        SignMatrix {
-            words,
+        Some(SignMatrix {
+            words: bytemuck::cast_slice(section.bytes(&self.map)),
             n_rows: config.intermediate_size as usize,
             n_words: config.hidden_size.div_ceil(32) as usize,
-        }
-    }
-
-    /// Gate projection of `layer`, `(intermediate_size, hidden_size)`.
-    ///
-    /// # Panics
-    /// If the model has no such layer.
-    pub fn w_gate(&self, layer: usize) -> Matrix<'_> {
-        self.matrix(SectionKind::WGate, Some(layer))
+        })
     }
 
     /// `|W_down[:, i]|^2` for every neuron i of `layer`, `(intermediate_size,)`: what a missed row costs is

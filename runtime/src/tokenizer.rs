@@ -4,6 +4,7 @@
 //! those of Hugging Face. Decoding is a table from ids to bytes: text streams out token by token, and a piece may
 //! be part of a UTF-8 character ([`crate::TextStream`] puts those together).
 
+use format_spec::metadata::byte_of;
 use format_spec::{DummyPrefix, PieceKind};
 use tokenizers::models::bpe::{BPE, Merges, Vocab};
 use tokenizers::normalizers::{Prepend, Replace, Sequence};
@@ -243,15 +244,6 @@ impl PieceBytes {
         let start = if id == 0 { 0 } else { self.ends[id - 1] };
         &self.bytes[start..end]
     }
-}
-
-/// The byte that `<0xNN>` spells.
-fn byte_of(piece: &str) -> Option<u8> {
-    let digits = piece.strip_prefix("<0x")?.strip_suffix('>')?;
-    if digits.len() != 2 || !digits.bytes().all(|digit| digit.is_ascii_hexdigit()) {
-        return None;
-    }
-    u8::from_str_radix(digits, 16).ok()
 }
 
 #[cfg(test)]
