@@ -57,6 +57,8 @@ pub struct Tail<'a> {
 }
 
 /// Streams one file. Dropped before [`Writer::commit`], it removes `OUT.partial`.
+///
+/// After [`FormatError::Io`] from [`Writer::write`] the section's bytes are lost and the writer is of no more use.
 #[derive(Debug)]
 pub struct Writer {
     out: PathBuf,
@@ -70,7 +72,9 @@ pub struct Writer {
     /// Where the weights end so far, and the digest's state there.
     end_bytes: u64,
     digest: FileHasher,
-    /// Length of the file once it is sealed.
+    /// True when bytes of a tail may follow the weights.
+    has_tail: bool,
+    /// Length of the file while it is sealed.
     sealed_len_bytes: Option<u64>,
 }
 
@@ -112,6 +116,7 @@ impl Writer {
             open: None,
             end_bytes: HEADER_LEN as u64,
             digest: FileHasher::new(),
+            has_tail: false,
             sealed_len_bytes: None,
         })
     }
@@ -129,9 +134,7 @@ impl Writer {
     pub fn begin(&mut self, spec: SectionSpec) -> Result<(), FormatError> {
         self.expect_complete("begin")?;
         let section = self.next_section(spec)?;
-        if self.sealed_len_bytes.take().is_some() {
-            self.partial.truncate(self.end_bytes)?;
-        }
+        self.drop_tail()?;
         let padding = padding(self.end_bytes, section.offset_bytes);
         self.digest.update(padding);
         self.partial.write(padding)?;
@@ -177,9 +180,8 @@ impl Writer {
         self.expect_complete("seal")?;
         let encoded = self.encode_tail(tail)?;
         self.check_presence(tail)?;
-        if self.sealed_len_bytes.take().is_some() {
-            self.partial.truncate(self.end_bytes)?;
-        }
+        self.drop_tail()?;
+        self.has_tail = true;
         let mut output = TailOutput {
             partial: &mut self.partial,
             digest: self.digest.clone(),
@@ -221,6 +223,16 @@ impl Writer {
         Ok(len_bytes)
     }
 
+    /// Removes what an earlier [`Writer::seal`] wrote after the weights, complete or not.
+    fn drop_tail(&mut self) -> Result<(), FormatError> {
+        self.sealed_len_bytes = None;
+        if self.has_tail {
+            self.partial.truncate(self.end_bytes)?;
+            self.has_tail = false;
+        }
+        Ok(())
+    }
+
     fn expect_complete(&self, what: &'static str) -> Result<(), FormatError> {
         match &self.open {
             Some(OpenSection { section, n_missing, .. }) => {
@@ -257,61 +269,103 @@ impl Writer {
 
     /// The tail's sections with their bytes, checked as a reader will check them; offsets are not known yet.
     fn encode_tail(&self, tail: &Tail<'_>) -> Result<Vec<(Section, Vec<u8>)>, FormatError> {
-        let config = &self.config;
-        let mut encoded = Vec::new();
-        let mut push = |kind, place: Place, dims: &[u64], bytes: Vec<u8>| {
-            let section = tail_section(kind, dims, &bytes);
-            check_section(&section, config, |_| place)?;
-            encoded.push((section, bytes));
-            Ok::<_, FormatError>(())
-        };
-        let n_weights = self.weights.len();
-        let place = |n_before, kind| self.place(n_weights + n_before, kind, None);
-
-        let kind = SectionKind::Predictors;
-        let bytes = encode_records(tail.predictors);
-        parse_records(place(0, kind), &bytes, config)?;
-        push(kind, place(0, kind), &[tail.predictors.len() as u64, RECORD_LEN as u64], bytes)?;
-
-        let n_curves = usize::from(tail.curves.is_some());
+        let mut encoded = vec![self.encode_predictors(tail.predictors)?];
         if let Some(curves) = tail.curves {
-            let kind = SectionKind::CalibrationCurves;
-            let n_points = curves.first().map_or(0, Vec::len);
-            if let Some(odd) = curves.iter().find(|curve| curve.len() != n_points || n_points == 0) {
-                let found = format!("a curve of {} points", odd.len());
-                return Err(write_order(kind.name(), found, "as many in every layer, at least one"));
-            }
-            let bytes = encode_curves(curves);
-            parse_curves(place(1, kind), &bytes, n_points, tail.predictors, config)?;
-            push(kind, place(1, kind), &[curves.len() as u64, n_points as u64, 4], bytes)?;
+            encoded.push(self.encode_curves(curves, tail.predictors, encoded.len())?);
         }
-
-        let n_curves = n_curves + usize::from(tail.budget.is_some());
         if let Some(budget) = tail.budget {
-            let kind = SectionKind::BudgetCurve;
-            let n_layers = tail.predictors.len();
-            if budget.iter().any(|point| point.limits.len() != n_layers) || budget.is_empty() {
-                let found = "another number of limits".to_owned();
-                return Err(write_order(kind.name(), found, "one for each layer, at least one point"));
-            }
-            let bytes = encode_budget(budget);
-            parse_budget(place(n_curves, kind), &bytes, tail.predictors, config)?;
-            push(kind, place(n_curves, kind), &[budget.len() as u64, 2 + n_layers as u64], bytes)?;
+            encoded.push(self.encode_budget(budget, tail.predictors, encoded.len())?);
         }
-
-        let kind = SectionKind::Tokenizer;
-        let at = place(1 + n_curves, kind);
-        tail.tokenizer.check(config, at)?;
-        let bytes = metadata::encode(tail.tokenizer, at)?;
-        push(kind, at, &[bytes.len() as u64], bytes)?;
-
+        let place = self.tail_place(SectionKind::Tokenizer, encoded.len());
+        tail.tokenizer.check(&self.config, place)?;
+        encoded.push(self.encode_metadata(SectionKind::Tokenizer, tail.tokenizer, place)?);
         if let Some(provenance) = tail.provenance {
-            let kind = SectionKind::Provenance;
-            let at = place(2 + n_curves, kind);
-            let bytes = metadata::encode(provenance, at)?;
-            push(kind, at, &[bytes.len() as u64], bytes)?;
+            let place = self.tail_place(SectionKind::Provenance, encoded.len());
+            encoded.push(self.encode_metadata(SectionKind::Provenance, provenance, place)?);
         }
         Ok(encoded)
+    }
+
+    fn encode_predictors(&self, records: &[PredictorRecord]) -> Result<(Section, Vec<u8>), FormatError> {
+        let kind = SectionKind::Predictors;
+        let place = self.tail_place(kind, 0);
+        let bytes = encode_records(records);
+        let section = self.tail_section(kind, &[records.len() as u64, RECORD_LEN as u64], &bytes, place)?;
+        parse_records(place, &bytes, &self.config)?;
+        Ok((section, bytes))
+    }
+
+    fn encode_curves(
+        &self,
+        curves: &[CalibrationCurve],
+        records: &[PredictorRecord],
+        n_before: usize,
+    ) -> Result<(Section, Vec<u8>), FormatError> {
+        let kind = SectionKind::CalibrationCurves;
+        let place = self.tail_place(kind, n_before);
+        let n_points = curves.first().map_or(0, Vec::len);
+        if let Some(odd) = curves.iter().find(|curve| curve.len() != n_points || n_points == 0) {
+            let found = format!("a curve of {} points", odd.len());
+            return Err(write_order(kind.name(), found, "as many in every layer, at least one"));
+        }
+        let bytes = encode_curves(curves);
+        let section = self.tail_section(kind, &[curves.len() as u64, n_points as u64, 4], &bytes, place)?;
+        parse_curves(place, &bytes, n_points, records, &self.config)?;
+        Ok((section, bytes))
+    }
+
+    fn encode_budget(
+        &self,
+        budget: &[BudgetPoint],
+        records: &[PredictorRecord],
+        n_before: usize,
+    ) -> Result<(Section, Vec<u8>), FormatError> {
+        let kind = SectionKind::BudgetCurve;
+        let place = self.tail_place(kind, n_before);
+        let n_layers = records.len();
+        let n_limits = budget.iter().map(|point| point.limits.len());
+        if let Some(odd) = n_limits.chain(budget.is_empty().then_some(0)).find(|&n| n != n_layers) {
+            let found = format!("a point of {odd} limits");
+            return Err(write_order(kind.name(), found, "one for each layer, at least one point"));
+        }
+        let bytes = encode_budget(budget);
+        let dims = [budget.len() as u64, 2 + n_layers as u64];
+        let section = self.tail_section(kind, &dims, &bytes, place)?;
+        parse_budget(place, &bytes, records, &self.config)?;
+        Ok((section, bytes))
+    }
+
+    fn encode_metadata(
+        &self,
+        kind: SectionKind,
+        record: &impl metadata::Record,
+        place: Place,
+    ) -> Result<(Section, Vec<u8>), FormatError> {
+        let bytes = metadata::encode(record, place)?;
+        Ok((self.tail_section(kind, &[bytes.len() as u64], &bytes, place)?, bytes))
+    }
+
+    /// A section of the tail, not placed in the file yet.
+    fn tail_section(
+        &self,
+        kind: SectionKind,
+        dims: &[u64],
+        bytes: &[u8],
+        place: Place,
+    ) -> Result<Section, FormatError> {
+        let section = Section {
+            kind,
+            layer: None,
+            dtype: kind.dtypes()[0],
+            shape: Shape::new(dims),
+            encoding: kind.encoding(),
+            required: kind.is_required(),
+            offset_bytes: 0,
+            len_bytes: bytes.len() as u64,
+            xxh3: xxh3(bytes),
+        };
+        check_section(&section, &self.config, |_| place)?;
+        Ok(section)
     }
 
     fn check_presence(&self, tail: &Tail<'_>) -> Result<(), FormatError> {
@@ -321,10 +375,15 @@ impl Writer {
         check_predictor_sections(tail.predictors, |kind, layer| shapes.get(&(kind, layer)).copied())
     }
 
-    /// A section for messages; its offset is not known to the caller, so it is left out.
+    /// A section for messages; its offset means nothing to the caller, so it is left out.
     fn place(&self, index: usize, kind: SectionKind, layer: Option<u32>) -> Place {
         let section = SectionId { index: index as u32, kind: kind.code(), layer };
         Place { section: Some(section), offset_bytes: None }
+    }
+
+    /// The section of the tail that `n_before` others of it precede.
+    fn tail_place(&self, kind: SectionKind, n_before: usize) -> Place {
+        self.place(self.weights.len() + n_before, kind, None)
     }
 }
 
@@ -348,21 +407,6 @@ impl TailOutput<'_> {
         }
         self.end_bytes = offset_bytes + bytes.len() as u64;
         Ok(offset_bytes)
-    }
-}
-
-/// A section of the tail, not placed yet.
-fn tail_section(kind: SectionKind, dims: &[u64], bytes: &[u8]) -> Section {
-    Section {
-        kind,
-        layer: None,
-        dtype: kind.dtypes()[0],
-        shape: Shape::new(dims),
-        encoding: kind.encoding(),
-        required: kind.is_required(),
-        offset_bytes: 0,
-        len_bytes: bytes.len() as u64,
-        xxh3: xxh3(bytes),
     }
 }
 

@@ -155,11 +155,15 @@ pub fn perplexity(
         return Err(PerplexityError::TextTooShort { n_tokens, window, n_needed: n_text });
     }
     let n_windows = (text.len() / n_text).min(options.n_windows.unwrap_or(usize::MAX));
+    if let Some(&id) = text.iter().find(|&&id| id as usize >= vocab_size) {
+        return Err(RuntimeError::TokenId { id, vocab_size: config.vocab_size }.into());
+    }
+    let n_batch = options.n_batch.max(1);
     let mut observer = RowObserver::new(session.model());
     let mut own = Likelihood::default();
     let mut reference = Likelihood::default();
     let mut distance = Distance::default();
-    let mut logits = vec![0.0; options.n_batch * vocab_size];
+    let mut logits = vec![0.0; n_batch * vocab_size];
     let mut dense_logits = vec![0.0; if dense.is_some() { logits.len() } else { 0 }];
     let mut nll_per_window = Vec::new();
 
@@ -171,7 +175,7 @@ pub fn perplexity(
         dense.iter_mut().for_each(|dense| dense.reset());
         let before = own;
         let mut position = 0;
-        for (inputs, targets) in inputs.chunks(options.n_batch).zip(targets.chunks(options.n_batch)) {
+        for (inputs, targets) in inputs.chunks(n_batch).zip(targets.chunks(n_batch)) {
             let n_logits = inputs.len() * vocab_size;
             session.forward_batch(inputs, true, Some(&mut logits[..n_logits]), Some(&mut observer))?;
             if let Some(dense) = dense.as_deref_mut() {

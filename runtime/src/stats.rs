@@ -56,7 +56,8 @@ impl Stats {
     pub fn new(session: &Session<'_>, times: &Times<'_>) -> Self {
         let mut steps_ms: Vec<f64> = times.steps.iter().map(|&step| ms(step)).collect();
         steps_ms.sort_by(f64::total_cmp);
-        let decode_ms: f64 = steps_ms.iter().sum();
+        // Not `sum()`: that of nothing is -0.
+        let decode_ms = steps_ms.iter().fold(0.0, |sum, step| sum + step);
         let (n_prompt, prompt) = times.prompt;
         let shares = RowShares::of_session(session);
         Self {

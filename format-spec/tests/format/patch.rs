@@ -131,6 +131,7 @@ pub(crate) fn read_all(file: &[u8]) -> Result<Layout, FormatError> {
     layout.tokenizer(file)?;
     layout.provenance(file)?;
     layout.calibration_curves(file)?;
+    layout.budget_curve(file)?;
     Ok(layout)
 }
 
