@@ -17,8 +17,8 @@ use crate::partial::{Partial, check_output};
 use crate::reader::check_predictor_sections;
 use crate::table::{align_up, check_presence, check_section, encode_table};
 use crate::{
-    BudgetPoint, CalibrationCurve, DType, Encoding, FORMAT_VERSION, FormatError, ModelConfig, PredictorRecord, Provenance,
-    Section, SectionKind, Shape, Tokenizer, metadata,
+    BudgetPoint, CalibrationCurve, DType, Encoding, FORMAT_VERSION, FormatError, ModelConfig,
+    PredictorRecord, Provenance, Section, SectionKind, Shape, Tokenizer, metadata,
 };
 
 /// As many as padding ever takes.

@@ -499,8 +499,8 @@ fn lengths_that_do_not_fit_are_errors() {
 /// The range of a score: every weight at its largest with the sign of x, which is at its largest too.
 #[test]
 fn the_largest_scores_do_not_overflow() {
-    let n_cols = 20_000;
-    let n_words = n_cols.div_ceil(32_usize);
+    let n_cols = 20_000_usize;
+    let n_words = n_cols.div_ceil(32);
     let words = vec![0; 2 * n_words];
     let signs = SignMatrix { words: &words, n_rows: 2, n_words };
     for n_planes in 1..=3 {

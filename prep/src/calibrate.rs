@@ -1,28 +1,28 @@
-//! Finds each layer's limit on sign disagreements from the dense forward pass over a text.
+//! Finds each layer's predictor and limit from a text.
 //!
-//! For every pair of token and neuron the pass gives n_neg, whether the neuron is active, and the energy it adds to
-//! the MLP's output, `(h_i * |W_down[:, i]|)^2`. Sums of these by n_neg are all that is kept:
-//!
-//! ```text
-//! rows_kept(limit)     = pairs with n_neg <= limit / pairs
-//! recall(limit)        = active pairs with n_neg <= limit / active pairs
-//! missed_energy(limit) = energy of pairs with n_neg > limit / energy
-//! limit of the layer   = the smallest whose missed_energy is at most the target
-//! ```
-//!
-//! Source of the rule: SparseInfer, arXiv 2411.12692; its alpha is found by search there, by this curve here.
 //! The text runs in windows of BOS and the tokens that follow; BOS itself is in every prompt, which is dense, and does
-//! not count. Sums run over tokens and neurons in order, on one thread, so that they do not depend on the number of
-//! threads; the forward pass before them is hundreds of times more work.
+//! not count. Every other window of the first four fifths fits: the dense pass over it gives, for each layer and kind of
+//! predictor, the rows kept and the energy missed by every limit ([`crate::predict`]). The windows between check: masked
+//! passes over them find the budget, and their rows and energy are what the records state. The last fifth was seen by
+//! neither, and gives the divergence that the file states.
+//!
+//! Sums run over tokens and neurons in order, on one thread, so that they do not depend on the number of threads; the
+//! forward pass before them is hundreds of times more work.
+//!
+//! Source of the sign rule: SparseInfer, arXiv 2411.12692; its alpha is found by search there, by these curves here.
 
 use std::path::{Path, PathBuf};
 
 use format_spec::calibration::alpha_from_limit;
-use format_spec::{CalibrationCurve, CurvePoint, PredictorKind, PredictorRecord};
-use kernels::Activation;
-use runtime::{MlpBatch, MlpMode, MlpObserver, Model, Session, SessionOptions};
+use format_spec::{BudgetPoint, CalibrationCurve, CurvePoint, PredictorRecord};
+use runtime::perplexity::LayerQuality;
+use runtime::{MlpMode, Model, Session, SessionOptions};
 
 use crate::checkpoint::read_small;
+use crate::predict::{
+    Fit, Kind, LayerFit, LayerSetting, LimitEffect, Masking, Measured, Reference, Search, Setting, budgets,
+    measure,
+};
 use crate::{PrepError, Progress};
 
 /// Public-domain prose, in documents that [`DOCUMENT_MARK`] separates.
@@ -36,8 +36,9 @@ const MAX_WINDOW: u32 = 512;
 const BYTES_PER_TOKEN: usize = 8;
 /// Most points of a stored curve.
 const N_CURVE_POINTS: usize = 65;
-/// Share of rows kept at the first point of a stored curve.
-const FIRST_ROWS_KEPT: f64 = 1e-3;
+
+/// Most bytes of dense logits that are kept to compare with.
+const MAX_LOGITS_BYTES: usize = 256 << 20;
 
 /// What to calibrate on, and what for.
 #[derive(Clone, Debug, PartialEq)]
@@ -46,13 +47,32 @@ pub struct CalibrationOptions {
     pub text: Option<PathBuf>,
     /// Most tokens of the text, at least 1.
     pub n_tokens: u32,
-    /// Largest share of a layer's MLP output energy that the rows left out may have, 0 to 1.
-    pub target_missed_energy: f64,
+    /// How much may be missed.
+    pub target: Target,
+    /// The kind of every layer; `None` chooses for each.
+    pub kind: Option<Kind>,
+}
+
+/// How much a prediction may miss.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Target {
+    /// Largest mean KL divergence of the next token's distribution from the dense model's, in nats, shared by the layers
+    /// so that they read the fewest bytes.
+    Divergence(f64),
+    /// Largest share of each layer's MLP output energy that the rows left out may have, 0 to 1.
+    MissedEnergy(f64),
 }
 
 impl CalibrationOptions {
-    /// What is taken where nothing is said.
-    pub const DEFAULT: &Self = &Self { text: None, n_tokens: 2048, target_missed_energy: 0.01 };
+    /// What is taken where nothing is said. A divergence of 0.001 costs about 0.1 % of perplexity, less than the step
+    /// from f32 to 8-bit weights does, and the bytes saved by a larger one are few: see the curve of `prep eval`.
+    pub const DEFAULT: &Self =
+        &Self { text: None, n_tokens: 10_240, target: Target::Divergence(0.001), kind: None };
+
+    /// The kinds that a layer may take.
+    fn kinds(&self) -> Vec<Kind> {
+        self.kind.map_or_else(|| Kind::ALL.to_vec(), |kind| vec![kind])
+    }
 }
 
 /// A calibration text.
@@ -112,20 +132,129 @@ impl Text {
     }
 }
 
+/// A text in windows, by what they are for.
+#[derive(Debug)]
+pub(crate) struct Windows {
+    pub(crate) fit: Vec<Vec<u32>>,
+    pub(crate) check: Vec<Vec<u32>>,
+    pub(crate) last: Vec<Vec<u32>>,
+    /// Tokens at the start of a window that do not count.
+    pub(crate) n_prefix: usize,
+    /// Tokens of the text.
+    pub(crate) n_tokens: usize,
+    /// Tokens of the longest window, BOS included.
+    pub(crate) window: u32,
+}
+
+impl Windows {
+    /// All of them, in no order of the text.
+    pub(crate) fn all(&self) -> Vec<Vec<u32>> {
+        let mut all: Vec<Vec<u32>> = Vec::new();
+        for window in self.fit.iter().chain(&self.check).chain(&self.last) {
+            // A short text's windows serve several uses.
+            if !all.contains(window) {
+                all.push(window.clone());
+            }
+        }
+        all
+    }
+
+    /// Cuts `tokens`; a text too short for a window of each use serves several.
+    fn cut(tokens: &[u32], bos: Option<u32>, max_window: u32) -> Self {
+        let n_prefix = usize::from(bos.is_some());
+        // At least five windows, and of each at least a token to predict from another.
+        let n_text = tokens.len().div_ceil(5).clamp(2 - n_prefix, max_window as usize - n_prefix);
+        let windows: Vec<Vec<u32>> = tokens
+            .chunks(n_text)
+            .map(|chunk| bos.into_iter().chain(chunk.iter().copied()).collect())
+            .filter(|window: &Vec<u32>| window.len() > 1)
+            .collect();
+        let n_last = windows.len() / 5;
+        let (first, last) = windows.split_at(windows.len() - n_last);
+        let every_other = |from: usize| first.iter().skip(from).step_by(2).cloned().collect::<Vec<_>>();
+        let fit = every_other(0);
+        let or_fit = |windows: Vec<Vec<u32>>| if windows.is_empty() { fit.clone() } else { windows };
+        Self {
+            check: or_fit(every_other(1)),
+            last: or_fit(last.to_vec()),
+            n_prefix,
+            n_tokens: tokens.len(),
+            window: (n_text + n_prefix) as u32,
+            fit,
+        }
+    }
+}
+
+/// A model with a text to calibrate it on.
+#[derive(Debug)]
+pub(crate) struct Bench<'m> {
+    pub(crate) session: Session<'m>,
+    pub(crate) windows: Windows,
+}
+
+impl<'m> Bench<'m> {
+    /// # Errors
+    /// An empty text; a model without a context.
+    pub(crate) fn new(
+        model: &'m Model,
+        tokenizer: &format_spec::Tokenizer,
+        text: &Text,
+        n_tokens: usize,
+        n_threads: usize,
+    ) -> Result<Self, PrepError> {
+        let config = model.config();
+        let window = MAX_WINDOW.min(config.max_position_embeddings);
+        let bos = config.bos_token_id.filter(|_| tokenizer.add_bos && window > 1);
+        let tokenizer = runtime::Tokenizer::new(tokenizer, config.bos_token_id, None)?;
+        let tokens = text.first_tokens(&tokenizer, n_tokens)?;
+        let windows = Windows::cut(&tokens, bos, window);
+        let options = SessionOptions {
+            n_positions_max: windows.window as usize,
+            n_batch_max: windows.window as usize,
+            n_threads,
+            mode: MlpMode::Stored,
+            alpha_scale: 1.0,
+        };
+        Ok(Self { session: Session::new(model, &options)?, windows })
+    }
+
+    /// As many of `windows` with their dense logits as fit into memory, at least one.
+    pub(crate) fn reference(
+        &mut self,
+        windows: &[Vec<u32>],
+        progress: &Progress,
+    ) -> Result<Reference, PrepError> {
+        let vocab_size = self.session.model().config().vocab_size as usize;
+        let n_positions_max = MAX_LOGITS_BYTES / (4 * vocab_size);
+        let n_windows = (n_positions_max / self.windows.window as usize).clamp(1, windows.len());
+        Reference::new(&mut self.session, &windows[..n_windows], progress)
+    }
+}
+
 /// What a calibration found.
 #[derive(Debug)]
 pub(crate) struct Calibration {
     /// One for each layer.
     pub(crate) predictors: Vec<PredictorRecord>,
+    /// Planes below the signs, one for each layer; empty where its predictor reads none.
+    pub(crate) planes: Vec<Vec<u32>>,
     /// One for each layer.
     pub(crate) curves: Vec<CalibrationCurve>,
-    /// Tokens behind them.
+    /// Settings around the one of the records.
+    pub(crate) budget: Vec<BudgetPoint>,
+    /// What the records do to text that nothing was chosen by.
+    pub(crate) measured: Measured,
+    /// Bytes of the MLPs that a token reads, over those of a dense pass.
+    pub(crate) mlp_bytes: f64,
+    /// Perplexity of the dense model there.
+    pub(crate) dense_ppl: f64,
+    /// Tokens behind all of it.
     pub(crate) n_tokens: u64,
     /// Tokens in one window, BOS included.
     pub(crate) window: u32,
 }
 
-/// Runs the dense forward pass of `model` over `text` and chooses each layer's limit.
+/// Chooses each layer's predictor and limit by `text`.
 ///
 /// # Errors
 /// An empty text, a failed pass, [`PrepError::Interrupted`].
@@ -137,214 +266,124 @@ pub(crate) fn run(
     n_threads: usize,
     progress: &Progress,
 ) -> Result<Calibration, PrepError> {
-    let config = model.config();
-    let window = MAX_WINDOW.min(config.max_position_embeddings);
-    let bos = config.bos_token_id.filter(|_| tokenizer.add_bos && window > 1);
-    let tokenizer = runtime::Tokenizer::new(tokenizer, config.bos_token_id, None)?;
-    let tokens = text.first_tokens(&tokenizer, options.n_tokens as usize)?;
-    let session_options = SessionOptions {
-        n_positions_max: window as usize,
-        n_batch_max: window as usize,
-        n_threads,
-        mode: MlpMode::Dense,
-        alpha_scale: 1.0,
+    let mut bench = Bench::new(model, tokenizer, text, options.n_tokens as usize, n_threads)?;
+    let kinds = options.kinds();
+    let (fit_windows, check_windows) = (bench.windows.fit.clone(), bench.windows.check.clone());
+    let n_prefix = bench.windows.n_prefix;
+    let n_fit: usize = fit_windows.iter().map(Vec::len).sum();
+    progress.begin("calibrating", n_fit as u64);
+    let fit = Fit::run(&mut bench.session, &fit_windows, n_prefix, &kinds, n_threads, progress)?;
+
+    progress.begin("choosing", 0);
+    let check = bench.reference(&check_windows, progress)?;
+    let probe = Reference::new(&mut bench.session, &fit_windows[..1], progress)?;
+    let mut search = Search::new(&fit, &kinds, &mut bench.session, &probe, progress)?;
+    let (setting, checked) = match options.target {
+        Target::Divergence(target) => {
+            let kinds = vec![kinds; fit.layers.len()];
+            search.for_divergence(&kinds, target, &mut bench.session, &check, progress)?
+        }
+        Target::MissedEnergy(target) => {
+            let setting = Setting::for_missed_energy(&fit, &kinds, target);
+            let masking = Masking::Setting(&fit, &setting);
+            let checked = measure(&mut bench.session, &check, &masking, progress)?;
+            (setting, checked)
+        }
     };
-    let mut session = Session::new(model, &session_options)?;
-    let mut histograms = Histograms::new(model, usize::from(bos.is_some()));
-    progress.begin("calibrating", tokens.len() as u64);
-    for chunk in tokens.chunks(window as usize - histograms.n_prefix) {
-        let batch: Vec<u32> = bos.into_iter().chain(chunk.iter().copied()).collect();
-        session.reset();
-        session.forward_batch(&batch, false, None, Some(&mut histograms))?;
-        progress.advance(chunk.len() as u64)?;
-    }
 
-    let n_tokens = tokens.len();
-    let mut predictors = Vec::new();
-    let mut curves = Vec::new();
-    for histogram in &histograms.layers {
-        let curve = histogram.curve();
-        let rows_active = histogram.rows_active();
-        let chosen = choose(&curve, options.target_missed_energy, rows_active > 0.0);
-        curves.push(thin(&curve, chosen.limit, N_CURVE_POINTS));
-        predictors.push(PredictorRecord {
-            kind: PredictorKind::Sign,
-            limit: chosen.limit,
-            alpha: alpha_from_limit(chosen.limit, config.hidden_size) as f32,
-            rows_active: rows_active as f32,
-            rows_kept: chosen.rows_kept as f32,
-            recall: chosen.recall as f32,
-            missed_energy: chosen.missed_energy as f32,
-            n_tokens: n_tokens as u32,
-        });
-    }
-    Ok(Calibration { predictors, curves, n_tokens: n_tokens as u64, window })
-}
-
-/// Collects every layer's histogram while the forward pass runs.
-struct Histograms {
-    layers: Vec<SignHistogram>,
-    /// `|W_down[:, i]|^2`, by layer.
-    squared_norms: Vec<Vec<f64>>,
-    activation: Activation,
-    /// Tokens at the start of a batch that do not count.
-    n_prefix: usize,
-}
-
-impl Histograms {
-    fn new(model: &Model, n_prefix: usize) -> Self {
-        let config = model.config();
-        let n_layers = config.num_hidden_layers as usize;
-        Self {
-            layers: vec![SignHistogram::new(config.hidden_size); n_layers],
-            squared_norms: (0..n_layers).map(|layer| model.down_squared_norms(layer)).collect(),
-            activation: model.activation(),
-            n_prefix,
-        }
-    }
-}
-
-impl MlpObserver for Histograms {
-    fn wants_n_neg(&self) -> bool {
-        true
-    }
-
-    fn mlp(&mut self, batch: &MlpBatch<'_>) {
-        let squared_norms = &self.squared_norms[batch.layer];
-        let first = self.n_prefix * squared_norms.len();
-        self.layers[batch.layer].add(
-            &batch.n_neg[first..],
-            &batch.gate[first..],
-            &batch.h[first..],
-            squared_norms,
-            self.activation,
-        );
-    }
-}
-
-/// Sums over (token, neuron) pairs by n_neg.
-#[derive(Clone, Debug)]
-pub(crate) struct SignHistogram {
-    /// Indexed by n_neg, `0..=hidden_size`.
-    bins: Vec<Bin>,
-}
-
-#[derive(Clone, Copy, Debug, Default)]
-struct Bin {
-    n_pairs: u64,
-    n_active: u64,
-    energy: f64,
-}
-
-/// What one limit on n_neg does.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct LimitEffect {
-    pub(crate) limit: u32,
-    pub(crate) rows_kept: f64,
-    pub(crate) recall: f64,
-    pub(crate) missed_energy: f64,
-    n_active_missed: u64,
-}
-
-impl SignHistogram {
-    pub(crate) fn new(hidden_size: u32) -> Self {
-        Self { bins: vec![Bin::default(); hidden_size as usize + 1] }
-    }
-
-    /// Adds a batch. Shapes: `n_neg`, `gate` (before the activation) and `h` `(n_tokens, intermediate_size)`,
-    /// `squared_norms` of the columns of W_down `(intermediate_size,)`.
-    pub(crate) fn add(
-        &mut self,
-        n_neg: &[u32],
-        gate: &[f32],
-        h: &[f32],
-        squared_norms: &[f64],
-        activation: Activation,
-    ) {
-        let f = squared_norms.len();
-        for ((n_neg, gate), h) in n_neg.chunks_exact(f).zip(gate.chunks_exact(f)).zip(h.chunks_exact(f)) {
-            for (((&n_neg, &gate), &h), squared_norm) in n_neg.iter().zip(gate).zip(h).zip(squared_norms) {
-                let bin = &mut self.bins[n_neg as usize];
-                bin.n_pairs += 1;
-                if activation.apply(gate) != 0.0 {
-                    bin.n_active += 1;
-                    bin.energy += f64::from(h) * f64::from(h) * squared_norm;
-                }
-            }
-        }
-    }
-
-    /// Share of pairs that are active.
-    fn rows_active(&self) -> f64 {
-        let n_active: u64 = self.bins.iter().map(|bin| bin.n_active).sum();
-        let n_pairs: u64 = self.bins.iter().map(|bin| bin.n_pairs).sum();
-        n_active as f64 / n_pairs as f64
-    }
-
-    /// The effect of every limit, `0..=hidden_size`. With nothing active, nothing is missed.
-    pub(crate) fn curve(&self) -> Vec<LimitEffect> {
-        let share = |part: f64, whole: f64| if whole > 0.0 { part / whole } else { 0.0 };
-        // From the largest n_neg down, so that what is missed is exactly zero where nothing active lies above.
-        let mut missed = Bin::default();
-        let mut points: Vec<(u32, Bin)> = Vec::with_capacity(self.bins.len());
-        for (n_neg, bin) in self.bins.iter().enumerate().rev() {
-            points.push((n_neg as u32, missed));
-            missed.n_pairs += bin.n_pairs;
-            missed.n_active += bin.n_active;
-            missed.energy += bin.energy;
-        }
-        let total = missed;
-        points
-            .into_iter()
-            .rev()
-            .map(|(limit, missed)| LimitEffect {
-                limit,
-                rows_kept: 1.0 - share(missed.n_pairs as f64, total.n_pairs as f64),
-                recall: 1.0 - share(missed.n_active as f64, total.n_active as f64),
-                missed_energy: share(missed.energy, total.energy),
-                n_active_missed: missed.n_active,
-            })
-            .collect()
-    }
-}
-
-/// The smallest limit that misses at most `target` of the energy; for a target of 0 none of the active pairs either,
-/// however little they add. A layer without an active pair keeps every row, as the text says nothing about it.
-fn choose(curve: &[LimitEffect], target: f64, any_active: bool) -> LimitEffect {
-    let last = curve[curve.len() - 1];
-    if !any_active {
-        return last;
-    }
-    let good = |effect: &&LimitEffect| {
-        effect.missed_energy <= target && (target > 0.0 || effect.n_active_missed == 0)
+    let last_windows = bench.windows.last.clone();
+    let last = bench.reference(&last_windows, progress)?;
+    let measured = measure(&mut bench.session, &last, &Masking::Setting(&fit, &setting), progress)?;
+    let own = BudgetPoint {
+        kl: measured.kl_mean as f32,
+        mlp_bytes: setting.mlp_share(&fit) as f32,
+        limits: setting.layers.iter().map(LayerSetting::limit).collect(),
     };
-    curve.iter().find(good).copied().unwrap_or(last)
+    let kinds: Vec<Vec<Kind>> = setting.layers.iter().map(|layer| vec![layer.kind]).collect();
+    let mut budget = vec![own];
+    for target in budgets(checked.kl_mean).filter(|target| *target > 0.0) {
+        let setting = search.expecting(&kinds, target);
+        let limits: Vec<f32> = setting.layers.iter().map(LayerSetting::limit).collect();
+        if budget.iter().any(|point| point.limits == limits) {
+            continue;
+        }
+        let measured = measure(&mut bench.session, &last, &Masking::Setting(&fit, &setting), progress)?;
+        let (kl, mlp_bytes) = (measured.kl_mean as f32, setting.mlp_share(&fit) as f32);
+        budget.push(BudgetPoint { kl, mlp_bytes, limits });
+    }
+    budget.sort_by(|a, b| b.mlp_bytes.total_cmp(&a.mlp_bytes));
+
+    let hidden_size = model.config().hidden_size;
+    let predicting = setting.layers.iter().zip(&fit.layers).filter(|(layer, _)| layer.kind != Kind::Exact);
+    let n_points = predicting.map(|(layer, fit)| fit.curves[&layer.kind].len()).min();
+    let n_points = n_points.unwrap_or(1).min(N_CURVE_POINTS).min(hidden_size as usize);
+    let curve = |(layer, fit): (&LayerSetting, &LayerFit)| {
+        thin(layer.kind, &fit.curves[&layer.kind], layer.effect.limit, n_points)
+    };
+    let records = setting.layers.iter().zip(&checked.layers);
+    let record = |(layer, checked): (&LayerSetting, &LayerQuality)| {
+        let (limit, threshold) = match layer.kind {
+            Kind::Exact => (hidden_size, 0.0),
+            Kind::Sign => (layer.effect.limit, 0.0),
+            Kind::SignX8 | Kind::W2 | Kind::W3 => (hidden_size, layer.limit()),
+        };
+        PredictorRecord {
+            kind: layer.kind.record_kind(),
+            limit,
+            alpha: alpha_from_limit(limit, hidden_size) as f32,
+            rows_active: checked.rows_active as f32,
+            rows_kept: checked.rows_kept as f32,
+            recall: checked.recall as f32,
+            missed_energy: checked.missed_energy as f32,
+            n_tokens: check.n_tokens() as u32,
+            threshold,
+        }
+    };
+    Ok(Calibration {
+        predictors: records.map(record).collect(),
+        planes: (0..fit.layers.len())
+            .map(|layer| fit.planes(layer, setting.layers[layer].kind).low.to_vec())
+            .collect(),
+        curves: setting.layers.iter().zip(&fit.layers).map(curve).collect(),
+        budget,
+        mlp_bytes: setting.mlp_share(&fit),
+        measured,
+        dense_ppl: last.dense_ppl,
+        n_tokens: bench.windows.n_tokens as u64,
+        window: bench.windows.window,
+    })
 }
 
-/// At most `n_points` limits, evenly spaced from where rows begin to be kept to where all are, `chosen` among them.
-fn thin(curve: &[LimitEffect], chosen: u32, n_points: usize) -> CalibrationCurve {
-    let last = curve.len() - 1;
-    let n_points = n_points.min(curve.len());
-    let first_kept = curve.partition_point(|effect| effect.rows_kept < FIRST_ROWS_KEPT).saturating_sub(1);
-    let all_kept = curve.partition_point(|effect| effect.rows_kept < 1.0).min(last);
-    let (mut begin, mut end) = (first_kept.min(chosen as usize), all_kept.max(chosen as usize));
-    // Room for distinct limits in narrow models.
-    end = end.max(begin + n_points - 1).min(last);
-    begin = begin.min(end + 1 - n_points);
-    let mut limits: Vec<usize> = (0..n_points)
-        .map(|i| begin + ((end - begin) * i + (n_points - 1) / 2) / (n_points - 1).max(1))
-        .collect();
-    let nearest = (0..n_points)
-        .min_by_key(|&i| limits[i].abs_diff(chosen as usize))
-        .expect("a curve has at least one point");
-    limits[nearest] = chosen as usize;
-    limits
+/// At most `n_points` of the limits of `curve`, close together where few rows are kept, `chosen` among them.
+/// A layer that predicts nothing has no limits: its points are only counted.
+fn thin(kind: Kind, curve: &[LimitEffect], chosen: u32, n_points: usize) -> CalibrationCurve {
+    if kind == Kind::Exact {
+        let point =
+            |limit| CurvePoint { limit: limit as f32, rows_kept: 1.0, recall: 1.0, missed_energy: 0.0 };
+        return (0..n_points).map(point).collect();
+    }
+    let mut points: Vec<usize> = Vec::with_capacity(n_points);
+    for i in 0..n_points {
+        let share = (i as f64 / (n_points - 1).max(1) as f64).powi(2);
+        let wanted = curve.partition_point(|effect| effect.rows_kept < share);
+        // Distinct, and room for those that follow.
+        let first = points.last().map_or(0, |last| last + 1);
+        points.push(wanted.clamp(first, curve.len() - (n_points - i)));
+    }
+    let chosen = curve.iter().position(|effect| effect.limit == chosen).expect("chosen from the curve");
+    if let Some(nearest) = points.iter_mut().min_by_key(|point| point.abs_diff(chosen)) {
+        *nearest = chosen;
+    }
+    points
         .into_iter()
-        .map(|limit| CurvePoint {
-            limit: limit as u32,
-            rows_kept: curve[limit].rows_kept as f32,
-            recall: curve[limit].recall as f32,
-            missed_energy: curve[limit].missed_energy as f32,
+        .map(|point| {
+            let effect = curve[point];
+            CurvePoint {
+                limit: LayerSetting { kind, effect }.limit(),
+                rows_kept: effect.rows_kept as f32,
+                recall: effect.recall as f32,
+                missed_energy: effect.missed_energy as f32,
+            }
         })
         .collect()
 }

@@ -7,7 +7,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use format_spec::DType;
 
 use crate::synth::SynthArgs;
-use crate::{CalibrationOptions, ConvertOptions, Predictor};
+use crate::{CalibrationOptions, Contender, ConvertOptions, EvalOptions, Kind, Predictor, Target};
 
 /// Converts ReLU-sparse Hugging Face checkpoints to .sinf files.
 #[derive(Parser, Debug)]
@@ -23,6 +23,8 @@ pub struct Cli {
 pub enum Command {
     /// Convert a model folder to one .sinf file, choosing each layer's predictor.
     Convert(ConvertArgs),
+    /// Compare predictors on a text: rows kept, divergence from the dense model, bytes read.
+    Eval(EvalArgs),
     /// Show what is in a .sinf file.
     Inspect(InspectArgs),
     /// Check every byte of a .sinf file against its checksums.
@@ -48,7 +50,8 @@ pub struct ConvertArgs {
     /// Type of the weights; auto keeps f16 and bf16 and turns f32 into f16.
     #[arg(long, value_enum, default_value = "auto", value_name = "TYPE")]
     pub dtype: DTypeName,
-    /// Leave out rows by their signs, or compute every gate row [default: sign; exact for silu].
+    /// Predictor of every layer [default: chosen for each; exact for silu]. sign: signs of weights and input
+    /// (SparseInfer); sign-x8: signs of weights, input in 8 bits; w2, w3: weights in 2 or 3 bits; exact: every gate row.
     #[arg(long, value_enum, value_name = "NAME")]
     pub predictor: Option<PredictorName>,
     /// Ratio of the sign rule, one value or one for each layer (1.02x20 stands for 20 of 1.02), instead of
@@ -57,17 +60,21 @@ pub struct ConvertArgs {
         long,
         value_name = "X[,X...]",
         value_parser = parse_alphas,
-        conflicts_with_all = ["calibration", "calibration_tokens", "target_missed_energy"]
+        conflicts_with_all = ["calibration", "calibration_tokens", "target_kl", "target_missed_energy"]
     )]
     pub alpha: Option<Alphas>,
     /// UTF-8 text to calibrate on [default: built-in prose].
     #[arg(long, value_name = "FILE")]
     pub calibration: Option<PathBuf>,
-    /// Most tokens to calibrate on [default: 2048]. Each costs two operations a weight: seconds for 50 million
+    /// Most tokens to calibrate on [default: 10240]. Each costs two operations a weight: seconds for 50 million
     /// weights, minutes for 7 billion.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub calibration_tokens: Option<u32>,
-    /// Largest share of a layer's MLP output energy that skipped rows may have, 0 to 1 [default: 0.01].
+    /// Largest mean KL divergence from the dense model, in nats, shared over the layers so that the fewest bytes are
+    /// read [default: 0.001].
+    #[arg(long, value_name = "KL", value_parser = parse_divergence, conflicts_with = "target_missed_energy")]
+    pub target_kl: Option<f64>,
+    /// Instead: the largest share of each layer's MLP output energy that skipped rows may have, 0 to 1.
     #[arg(long, value_name = "E", value_parser = parse_share)]
     pub target_missed_energy: Option<f64>,
     /// Threads; 0 takes one for each available core. The output does not depend on it.
@@ -82,6 +89,46 @@ pub struct ConvertArgs {
     /// Print nothing but errors (and --json).
     #[arg(long)]
     pub quiet: bool,
+}
+
+/// `prep eval`.
+#[derive(Args, Clone, Debug)]
+pub struct EvalArgs {
+    /// A .sinf file made for prediction.
+    pub file: PathBuf,
+    /// UTF-8 text to measure on; not the one that the file was calibrated with.
+    #[arg(long, value_name = "FILE")]
+    pub text: PathBuf,
+    /// Most tokens of it.
+    #[arg(long, default_value_t = 8192, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub tokens: u32,
+    /// What to compare: stored, exact, sign, sign-x8, w2, w3, auto (the best for each layer), alpha=X
+    /// [default: all, with alpha 1, 1.02, 1.05 and 1.1].
+    #[arg(long, value_name = "NAME[,NAME...]", value_delimiter = ',', value_parser = Contender::parse)]
+    pub predictors: Vec<Contender>,
+    /// Most tokens of the built-in text that kinds are fitted on.
+    #[arg(long, default_value_t = CalibrationOptions::DEFAULT.n_tokens, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub calibration_tokens: u32,
+    /// Threads; 0 takes one for each available core.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub threads: usize,
+    /// Print JSON, with every contender's rows by layer.
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl EvalArgs {
+    /// The library's options.
+    pub fn options(&self) -> EvalOptions {
+        let is_default = self.predictors.is_empty();
+        EvalOptions {
+            text: self.text.clone(),
+            n_tokens: self.tokens,
+            contenders: if is_default { Contender::defaults() } else { self.predictors.clone() },
+            calibration_tokens: self.calibration_tokens,
+            n_threads: self.threads,
+        }
+    }
 }
 
 /// `prep inspect`.
@@ -121,8 +168,23 @@ pub enum DTypeName {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 #[expect(missing_docs, reason = "the names say it")]
 pub enum PredictorName {
-    Sign,
     Exact,
+    Sign,
+    SignX8,
+    W2,
+    W3,
+}
+
+impl PredictorName {
+    fn kind(self) -> Kind {
+        match self {
+            Self::Exact => Kind::Exact,
+            Self::Sign => Kind::Sign,
+            Self::SignX8 => Kind::SignX8,
+            Self::W2 => Kind::W2,
+            Self::W3 => Kind::W3,
+        }
+    }
 }
 
 /// Values of `--alpha`, repetitions written out.
@@ -140,24 +202,36 @@ impl ConvertArgs {
     pub fn options(&self) -> Result<ConvertOptions, clap::Error> {
         let calibrates = self.calibration.is_some()
             || self.calibration_tokens.is_some()
+            || self.target_kl.is_some()
             || self.target_missed_energy.is_some();
         let predictor = match (self.predictor, &self.alpha) {
             (Some(PredictorName::Exact), alpha) => {
                 if alpha.is_some() || calibrates {
                     let message = "--predictor exact has no use for --alpha, --calibration, \
-                                   --calibration-tokens or --target-missed-energy";
+                                   --calibration-tokens, --target-kl or --target-missed-energy";
                     return Err(Cli::command().error(ErrorKind::ArgumentConflict, message));
                 }
                 Some(Predictor::Exact)
             }
-            (_, Some(Alphas(alphas))) => Some(Predictor::Alpha(alphas.clone())),
+            (None | Some(PredictorName::Sign), Some(Alphas(alphas))) => {
+                Some(Predictor::Alpha(alphas.clone()))
+            }
+            (Some(_), Some(_)) => {
+                let message = "--alpha is the ratio of --predictor sign";
+                return Err(Cli::command().error(ErrorKind::ArgumentConflict, message));
+            }
             (None, None) if !calibrates => None,
             (_, None) => {
                 let default = CalibrationOptions::DEFAULT;
                 Some(Predictor::Calibrated(CalibrationOptions {
                     text: self.calibration.clone(),
                     n_tokens: self.calibration_tokens.unwrap_or(default.n_tokens),
-                    target_missed_energy: self.target_missed_energy.unwrap_or(default.target_missed_energy),
+                    target: match (self.target_kl, self.target_missed_energy) {
+                        (_, Some(target)) => Target::MissedEnergy(target),
+                        (Some(target), None) => Target::Divergence(target),
+                        (None, None) => default.target,
+                    },
+                    kind: self.predictor.map(PredictorName::kind),
                 }))
             }
         };
@@ -189,6 +263,12 @@ fn parse_alphas(text: &str) -> Result<Alphas, String> {
         alphas.extend(std::iter::repeat_n(alpha, n));
     }
     Ok(Alphas(alphas))
+}
+
+/// A finite number above 0.
+fn parse_divergence(text: &str) -> Result<f64, String> {
+    let divergence = text.parse().ok().filter(|kl: &f64| *kl > 0.0 && kl.is_finite());
+    divergence.ok_or_else(|| format!("expected a number above 0, found {text:?}"))
 }
 
 /// A number from 0 to 1.
@@ -242,6 +322,11 @@ mod tests {
             "--calibration-tokens 0",
             "--target-missed-energy 1.5",
             "--target-missed-energy nan",
+            "--target-kl 0",
+            "--target-kl inf",
+            "--target-kl 0.001 --target-missed-energy 0.01",
+            "--predictor w2 --alpha 1",
+            "--predictor exact --target-kl 0.1",
         ] {
             assert_eq!(parse(line).expect_err(line).exit_code(), 2, "{line}");
         }
@@ -254,17 +339,27 @@ mod tests {
         else {
             panic!("sign without alpha calibrates");
         };
-        assert_eq!(&options, CalibrationOptions::DEFAULT);
+        assert_eq!(
+            options,
+            CalibrationOptions { kind: Some(Kind::Sign), ..CalibrationOptions::DEFAULT.clone() }
+        );
+        let target = |line: &str| match parse(line).expect("accepted").predictor {
+            Some(Predictor::Calibrated(options)) => options.target,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(target("--target-kl 0.01"), Target::Divergence(0.01));
+        assert_eq!(target("--target-missed-energy 0.01"), Target::MissedEnergy(0.01));
     }
 
     /// The help states the defaults in words.
     #[test]
     fn help_states_the_defaults() {
-        let CalibrationOptions { n_tokens, target_missed_energy, .. } = CalibrationOptions::DEFAULT;
+        let CalibrationOptions { n_tokens, target, .. } = CalibrationOptions::DEFAULT;
+        let Target::Divergence(target) = target else { panic!("{target:?}") };
         let mut command = Cli::command();
         let convert = command.find_subcommand_mut("convert").expect("there").render_long_help().to_string();
         let convert = convert.split_whitespace().collect::<Vec<_>>().join(" ");
-        for default in [format!("[default: {n_tokens}]"), format!("[default: {target_missed_energy}]")] {
+        for default in [format!("[default: {n_tokens}]"), format!("[default: {target}]")] {
             assert!(convert.contains(&default), "no {default} in: {convert}");
         }
     }

@@ -15,16 +15,17 @@ use std::time::Instant;
 
 use format_spec::calibration::limit_from_alpha;
 use format_spec::{
-    Activation, CalibrationCurve, CalibrationText, DType, ModelConfig, PredictorKind, PredictorRecord,
-    Provenance, SourceFile, Tail, Writer,
+    Activation, CalibrationText, DType, Encoding, ModelConfig, PredictorKind, PredictorRecord, Provenance,
+    SectionKind, SectionSpec, Shape, SourceFile, Tail, Writer,
 };
 use runtime::Model;
 use serde::Serialize;
 
 use crate::arch::{self, CONFIG_FILE, TensorName};
-use crate::calibrate::{self, CalibrationOptions, Text};
+use crate::calibrate::{self, Calibration, CalibrationOptions, Target, Text};
 use crate::checkpoint::{Checkpoint, hash_file};
 use crate::inspect::PredictorRow;
+use crate::predict::Kind;
 use crate::stream::write_weights;
 use crate::tokenizer::{FolderTokenizer, read_tokenizer};
 use crate::{PrepError, Progress};
@@ -52,7 +53,7 @@ pub enum Predictor {
     Exact,
     /// By signs, with one alpha for all layers or one for each.
     Alpha(Vec<f64>),
-    /// By signs, with limits from a text.
+    /// As a text says.
     Calibrated(CalibrationOptions),
 }
 
@@ -71,6 +72,8 @@ pub struct ConvertReport {
     pub n_pieces: usize,
     /// Predictor of every layer.
     pub predictors: Vec<PredictorRow>,
+    /// What they do to text that they were not chosen by; absent without calibration.
+    pub quality: Option<Quality>,
     /// Tokens behind their limits; 0 without calibration.
     pub calibration_tokens: u64,
     /// Wall time in all.
@@ -83,6 +86,33 @@ pub struct ConvertReport {
     pub read_gb_per_s: f64,
     /// What a user may not expect.
     pub notes: Vec<String>,
+}
+
+/// Distance of the predicted model from the dense one.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Quality {
+    /// Mean KL divergence of the next token's distribution from the dense model's, in nats.
+    pub kl_mean: f64,
+    /// Share of tokens whose most probable successor is the same.
+    pub top1_agreement: f64,
+    /// Perplexity of the predicted model.
+    pub ppl: f64,
+    /// Perplexity of the dense model.
+    pub dense_ppl: f64,
+    /// Bytes of predictors, gate, up and down rows that a token reads, over those of a dense pass.
+    pub mlp_bytes: f64,
+}
+
+impl Quality {
+    fn new(found: &Calibration) -> Self {
+        Self {
+            kl_mean: found.measured.kl_mean,
+            top1_agreement: found.measured.top1_agreement,
+            ppl: found.measured.ppl,
+            dense_ppl: found.dense_ppl,
+            mlp_bytes: found.mlp_bytes,
+        }
+    }
 }
 
 /// Converts the model in `folder` to `out`.
@@ -137,33 +167,38 @@ pub fn convert(
     };
 
     let calibration_started = Instant::now();
-    let (predictors, curves) = match &predictor {
-        Plan::Exact => (vec![off(&config); config.num_hidden_layers as usize], None),
-        Plan::Alphas(alphas) => (alphas.iter().map(|&alpha| by_alpha(alpha, &config)).collect(), None),
+    let mut found = None;
+    let predictors = match &predictor {
+        Plan::Exact => vec![off(&config); config.num_hidden_layers as usize],
+        Plan::Alphas(alphas) => alphas.iter().map(|&alpha| by_alpha(alpha, &config)).collect(),
         Plan::Calibrated(text, options) => {
             let predictors = vec![off(&config); config.num_hidden_layers as usize];
             writer.seal(&Tail {
                 predictors: &predictors,
                 curves: None,
+                budget: None,
                 tokenizer: &tokenizer,
                 provenance: None,
             })?;
             let model = Model::open(&writer.partial_path())?;
-            let found = calibrate::run(&model, &tokenizer, text, options, n_threads, progress)?;
+            let calibration = calibrate::run(&model, &tokenizer, text, options, n_threads, progress)?;
             provenance.calibration = Some(CalibrationText {
                 name: text.name.clone(),
                 blake3: text.blake3,
-                n_tokens: found.n_tokens,
-                window: found.window,
+                n_tokens: calibration.n_tokens,
+                window: calibration.window,
             });
-            (found.predictors, Some(found.curves))
+            found.insert(calibration).predictors.clone()
         }
     };
+    if let Some(found) = &found {
+        write_planes(&mut writer, &found.planes, &config)?;
+    }
     let calibration_seconds = calibration_started.elapsed().as_secs_f64();
-    let curves: Option<&[CalibrationCurve]> = curves.as_deref();
     writer.seal(&Tail {
         predictors: &predictors,
-        curves,
+        curves: found.as_ref().map(|found| &found.curves[..]),
+        budget: found.as_ref().map(|found| &found.budget[..]),
         tokenizer: &tokenizer,
         provenance: Some(&provenance),
     })?;
@@ -176,6 +211,7 @@ pub fn convert(
         layers: config.num_hidden_layers,
         n_pieces,
         predictors: PredictorRow::all(&predictors),
+        quality: found.as_ref().map(Quality::new),
         calibration_tokens: provenance.calibration.map_or(0, |text| text.n_tokens),
         seconds: started.elapsed().as_secs_f64(),
         weights_seconds,
@@ -247,6 +283,7 @@ fn off(config: &ModelConfig) -> PredictorRecord {
         recall: f32::NAN,
         missed_energy: f32::NAN,
         n_tokens: 0,
+        threshold: 0.0,
     }
 }
 
@@ -269,14 +306,40 @@ fn recorded_options(dtype: DType, predictor: &Plan<'_>) -> Vec<(String, String)>
             let alphas: Vec<String> = alphas.iter().map(f64::to_string).collect();
             options.extend([("alpha", alphas.join(",")), ("predictor", "sign".to_owned())]);
         }
-        Plan::Calibrated(_, calibration) => options.extend([
-            ("calibration-tokens", calibration.n_tokens.to_string()),
-            ("predictor", "sign".to_owned()),
-            ("target-missed-energy", calibration.target_missed_energy.to_string()),
-        ]),
+        Plan::Calibrated(_, calibration) => {
+            options.extend([
+                ("calibration-tokens", calibration.n_tokens.to_string()),
+                ("predictor", calibration.kind.map_or("auto", Kind::name).to_owned()),
+                match calibration.target {
+                    Target::Divergence(target) => ("target-kl", target.to_string()),
+                    Target::MissedEnergy(target) => ("target-missed-energy", target.to_string()),
+                },
+            ]);
+        }
     }
     options.sort_unstable();
     options.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+}
+
+/// Writes the planes below the signs of the layers that have some.
+fn write_planes(writer: &mut Writer, planes: &[Vec<u32>], config: &ModelConfig) -> Result<(), PrepError> {
+    let kind = SectionKind::GatePlanes;
+    for (layer, words) in (0..).zip(planes).filter(|(_, words)| !words.is_empty()) {
+        let n_words = u64::from(config.hidden_size.div_ceil(32));
+        let n_rows = u64::from(config.intermediate_size);
+        let n_planes = words.len() as u64 / (n_rows * n_words);
+        writer.begin(SectionSpec {
+            kind,
+            layer: Some(layer),
+            dtype: DType::U32,
+            shape: Shape::new(&[n_planes, n_rows, n_words]),
+            encoding: Encoding::Raw,
+            required: kind.is_required(),
+        })?;
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        writer.write(&bytes)?;
+    }
+    Ok(())
 }
 
 /// Source files that hold no weights.

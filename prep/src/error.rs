@@ -160,9 +160,15 @@ pub enum PrepError {
         bad: BadElement,
     },
     /// The sign predictor was asked for where no activation is zero.
-    #[error("{}: hidden_act: expected relu or fatrelu for --predictor sign, found silu", path.display())]
+    #[error("{}: hidden_act: expected relu or fatrelu for a predictor other than exact, found silu", path.display())]
     NotSparse {
         /// config.json.
+        path: PathBuf,
+    },
+    /// A file without sign words was to be evaluated.
+    #[error("{}: expected sign words, found a file made without prediction", path.display())]
+    NoSigns {
+        /// The file.
         path: PathBuf,
     },
     /// As many values of alpha as there are neither models nor layers.
@@ -218,6 +224,7 @@ impl PrepError {
             Self::Element { bad, .. } if bad.is_overflow() => Some("--dtype bf16 or --dtype f32 can hold it"),
             Self::Element { .. } => Some("the checkpoint is damaged; fetch it again"),
             Self::NotSparse { .. } => Some("--predictor exact computes every gate row"),
+            Self::NoSigns { .. } => Some("convert the model again, with any predictor but exact"),
             Self::Runtime(error) => error.hint(),
             _ => None,
         }

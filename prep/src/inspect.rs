@@ -82,11 +82,13 @@ pub struct SizeRow {
 pub struct PredictorRow {
     /// Layer.
     pub layer: usize,
-    /// `exact`, `sign` or `sign_per_row`.
+    /// `exact`, `sign`, `sign_per_row`, `sign_x8`, `w2` or `w3`.
     pub kind: &'static str,
     /// Largest n_neg that is still computed, where the layer has one.
     pub limit: Option<u32>,
-    /// The ratio that folds into it; absent if every row is kept.
+    /// Smallest score that is still computed, where the layer has scores.
+    pub threshold: Option<f32>,
+    /// The ratio that folds into the limit; absent if every row is kept.
     pub alpha: Option<f32>,
     /// Share of rows that are active.
     pub rows_active: Option<f32>,
@@ -340,16 +342,14 @@ impl PredictorRow {
 
     fn new(layer: usize, record: &PredictorRecord) -> Self {
         let finite = |value: f32| Some(value).filter(|value| value.is_finite());
-        let (kind, limit, alpha) = match record.kind {
-            PredictorKind::Off => ("exact", None, None),
-            PredictorKind::Sign => ("sign", Some(record.limit), finite(record.alpha)),
-            PredictorKind::SignPerRow => ("sign_per_row", None, None),
-        };
+        let kind = if record.kind == PredictorKind::Off { "exact" } else { record.kind.name() };
+        let is_sign = record.kind == PredictorKind::Sign;
         Self {
             layer,
             kind,
-            limit,
-            alpha,
+            limit: is_sign.then_some(record.limit),
+            threshold: record.kind.has_score().then_some(record.threshold).filter(|t| t.is_finite()),
+            alpha: finite(record.alpha).filter(|_| is_sign),
             rows_active: finite(record.rows_active),
             rows_kept: finite(record.rows_kept),
             recall: finite(record.recall),
@@ -369,14 +369,16 @@ impl PredictorRow {
         };
         writeln!(
             out,
-            "predictor  layer  limit   alpha  rows active  rows kept   recall  energy missed  tokens"
+            "predictor  layer    limit   alpha  rows active  rows kept   recall  energy missed  tokens"
         )?;
         for row in rows {
-            let limit = row.limit.map_or_else(|| "-".to_owned(), |limit| limit.to_string());
+            let limit = row.limit.map(|limit| limit.to_string());
+            let limit = limit.or(row.threshold.map(|threshold| format!("{threshold:.3}")));
+            let limit = limit.unwrap_or_else(|| "-".to_owned());
             let alpha = row.alpha.map_or_else(|| "-".to_owned(), |alpha| format!("{alpha:.4}"));
             writeln!(
                 out,
-                "  {:12} {:3}  {limit:>5}  {alpha:>6}  {:>11}  {:>9}  {:>7}  {:>13}  {:>6}",
+                "  {:12} {:3}  {limit:>7}  {alpha:>6}  {:>11}  {:>9}  {:>7}  {:>13}  {:>6}",
                 row.kind,
                 row.layer,
                 percent(row.rows_active),

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use clap::Parser;
-use prep::cli::{Cli, Command, ConvertArgs, InspectArgs, VerifyArgs};
+use prep::cli::{Cli, Command, ConvertArgs, EvalArgs, InspectArgs, VerifyArgs};
 use prep::inspect::PredictorRow;
 use prep::synth::{self, SynthArgs, SynthError};
 use prep::{ConvertReport, PrepError, Progress};
@@ -19,6 +19,7 @@ const INTERRUPTED: u8 = 130;
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Convert(args) => convert(&args),
+        Command::Eval(args) => eval(&args),
         Command::Inspect(args) => inspect(&args),
         Command::Verify(args) => verify(&args),
         Command::Synth(args) => synthesise(&args),
@@ -59,6 +60,14 @@ fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
 fn inspect(args: &InspectArgs) -> anyhow::Result<()> {
     let inspection = prep::inspect(&args.file, args.tensors)?;
     if args.json { print_json(&inspection) } else { Ok(inspection.write_text(&mut io::stdout().lock())?) }
+}
+
+fn eval(args: &EvalArgs) -> anyhow::Result<()> {
+    let progress = Progress::on_terminal();
+    let result = prep::eval(&args.file, &args.options(), &progress);
+    progress.finish();
+    let found = result?;
+    if args.json { print_json(&found) } else { Ok(found.write_text(&mut io::stdout().lock())?) }
 }
 
 fn verify(args: &VerifyArgs) -> anyhow::Result<()> {
@@ -120,6 +129,17 @@ fn write_summary(report: &ConvertReport, out: &mut dyn Write) -> io::Result<()> 
         report.calibration_seconds,
         report.calibration_tokens
     )?;
+    if let Some(quality) = &report.quality {
+        writeln!(
+            out,
+            "unseen text: perplexity {:.4} (dense {:.4}), KL mean {:.6}, top-1 agreement {:.2} %; MLP bytes {:.1} %",
+            quality.ppl,
+            quality.dense_ppl,
+            quality.kl_mean,
+            100.0 * quality.top1_agreement,
+            100.0 * quality.mlp_bytes
+        )?;
+    }
     PredictorRow::write_table(&report.predictors, out)
 }
 

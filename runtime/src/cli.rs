@@ -106,7 +106,11 @@ pub(crate) struct Cli {
     /// MLP rows that decoding reads: those kept by the stored predictor, those that are active, or all
     #[arg(long, value_enum, value_name = "MODE", help_heading = "Machine", default_value_t = Predictor::Stored)]
     pub(crate) predictor: Predictor,
-    /// Factor on the stored alphas: above 1 keeps more rows, below 1 fewer
+    /// Mean KL divergence from the dense model that predictions may have: limits from the file's curve in place of those
+    /// that it was converted for
+    #[arg(long, value_name = "KL", help_heading = "Machine", value_parser = number(1e-9..=100.0))]
+    pub(crate) budget: Option<f64>,
+    /// Factor on the alphas, or on thresholds below 0: above 1 keeps more rows, below 1 fewer
     #[arg(long, value_name = "X", help_heading = "Machine", default_value_t = 1.0, value_parser = number(0.01..=100.0))]
     pub(crate) alpha_scale: f64,
     /// List devices and stop
@@ -464,6 +468,7 @@ mod tests {
             ("--min-p", &["2"]),
             ("--repeat-penalty", &["0", "-1"]),
             ("--alpha-scale", &["0", "1e9"]),
+            ("--budget", &["0", "-1", "nan", "x"]),
             ("--top-k", &["-1", "x"]),
             ("-n", &["-2", "x"]),
             ("-c", &["0"]),

@@ -56,6 +56,12 @@ pub enum RuntimeError {
         /// Size of the vocabulary.
         vocab_size: u32,
     },
+    /// A budget was asked for that the file has no curve for.
+    #[error("{path}: expected a budget curve, found none")]
+    NoBudget {
+        /// The file.
+        path: String,
+    },
     /// Lengths that do not fit each other: a bug of this program, as the reader checks every shape.
     #[error("internal: {0}")]
     Shape(#[from] kernels::ShapeError),
@@ -75,6 +81,7 @@ impl RuntimeError {
             Self::Format { path, .. } if !path.ends_with(".sinf") => {
                 Some("prep convert FOLDER OUT.sinf makes a .sinf file of a model folder")
             }
+            Self::NoBudget { .. } => Some("convert the model again without --alpha and --predictor exact"),
             Self::ContextFull { .. } => Some("raise -c/--ctx-size or shorten the prompt"),
             Self::ContextTooLong { .. } => Some("lower -c/--ctx-size; longer contexts give strange text"),
             _ => None,

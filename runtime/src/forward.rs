@@ -14,7 +14,8 @@
 
 use format_spec::{ModelConfig, RopeScaling};
 use kernels::{
-    AttentionScratch, AttentionShape, Cpu, Elements, Limits, Matvec, MlpCounts, MlpScratch, Rows, Thresholds, bytes,
+    AttentionScratch, AttentionShape, Cpu, Elements, Limits, Matvec, MlpCounts, MlpScratch, Rows, Thresholds,
+    bytes,
 };
 
 use crate::RuntimeError;

@@ -98,7 +98,12 @@ fn session<'m>(
         mode,
         alpha_scale: cli.alpha_scale,
     };
-    Ok(Session::new(model, &options)?)
+    let mut session = Session::new(model, &options)?;
+    if let Some(kl) = cli.budget {
+        session.set_budget(kl)?;
+        session.set_mode(mode, cli.alpha_scale);
+    }
+    Ok(session)
 }
 
 /// Positions that `model` was made for.

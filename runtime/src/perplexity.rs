@@ -211,28 +211,29 @@ pub fn perplexity(
 
 /// Sum of negative log likelihoods.
 #[derive(Clone, Copy, Debug, Default)]
-struct Likelihood {
+pub struct Likelihood {
     sum_nll: f64,
     n_tokens: u64,
 }
 
 impl Likelihood {
     /// Adds the token `target` under `logits` and returns its negative log likelihood.
-    fn add(&mut self, logits: &[f32], target: u32) -> f64 {
+    pub fn add(&mut self, logits: &[f32], target: u32) -> f64 {
         let nll = log_sum_exp(logits) - f64::from(logits[target as usize]);
         self.sum_nll += nll;
         self.n_tokens += 1;
         nll
     }
 
-    fn mean(&self) -> f64 {
+    /// Mean over the tokens added, in nats.
+    pub fn mean(&self) -> f64 {
         ratio(self.sum_nll, self.n_tokens as f64)
     }
 }
 
 /// Sums over positions of what separates two runs.
 #[derive(Clone, Copy, Debug, Default)]
-struct Distance {
+pub struct Distance {
     sum_kl: f64,
     max_kl: f64,
     n_same_top: u64,
@@ -240,8 +241,8 @@ struct Distance {
 }
 
 impl Distance {
-    /// Adds the distributions of one position.
-    fn add(&mut self, dense: &[f32], predicted: &[f32]) {
+    /// Adds the distributions of one position and returns their divergence.
+    pub fn add(&mut self, dense: &[f32], predicted: &[f32]) -> f64 {
         let (lse_dense, lse_predicted) = (log_sum_exp(dense), log_sum_exp(predicted));
         let kl: f64 = dense
             .iter()
@@ -258,9 +259,11 @@ impl Distance {
         self.max_kl = self.max_kl.max(kl);
         self.n_same_top += u64::from(top(dense) == top(predicted));
         self.n_positions += 1;
+        kl
     }
 
-    fn divergence(&self, reference: &Likelihood) -> Divergence {
+    /// What the positions added come to; `reference` holds the dense run's likelihood.
+    pub fn divergence(&self, reference: &Likelihood) -> Divergence {
         let n_positions = self.n_positions as f64;
         Divergence {
             dense_ppl: reference.mean().exp(),
@@ -273,7 +276,7 @@ impl Distance {
 
 /// Counts rows and energy by layer.
 #[derive(Debug)]
-struct RowObserver {
+pub struct RowObserver {
     activation: kernels::Activation,
     /// `|W_down[:, i]|^2` by layer.
     squared_norms: Vec<Vec<f64>>,
@@ -291,7 +294,8 @@ struct RowCounts {
 }
 
 impl RowObserver {
-    fn new(model: &Model) -> Self {
+    /// For a run of `model`.
+    pub fn new(model: &Model) -> Self {
         let n_layers = model.config().num_hidden_layers as usize;
         Self {
             activation: model.activation(),
@@ -300,7 +304,8 @@ impl RowObserver {
         }
     }
 
-    fn layers(&self, session: &Session<'_>, alpha_scale: f64) -> Vec<LayerQuality> {
+    /// What was counted; `alpha_scale` is that of the session's mode.
+    pub fn layers(&self, session: &Session<'_>, alpha_scale: f64) -> Vec<LayerQuality> {
         let records = session.model().layout().predictors();
         self.counts
             .iter()

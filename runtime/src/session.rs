@@ -1,7 +1,7 @@
 //! A context being filled: weights by reference, cache and buffers of its own.
 
 use format_spec::calibration::{alpha_from_limit, limit_from_alpha};
-use format_spec::{PredictorKind, SectionKind};
+use format_spec::{BudgetPoint, PredictorKind, SectionKind};
 
 use crate::engine::{Batch, BatchLogits, Engine, RowChoice};
 use crate::forward::CpuEngine;
@@ -163,6 +163,20 @@ impl<'m> Session<'m> {
         self.engine.set_rows(rows);
     }
 
+    /// Takes the limits and thresholds that the file's budget curve has for a mean KL divergence of `kl` in place of
+    /// those of its records, from the next [`Session::set_mode`] on: between the curve's points, a mixture of two.
+    ///
+    /// # Errors
+    /// [`RuntimeError::NoBudget`] for a file without a curve, [`RuntimeError::Format`] for a broken one.
+    pub fn set_budget(&mut self, kl: f64) -> Result<(), RuntimeError> {
+        let path = self.model.path();
+        let curve = self.model.layout().budget_curve(self.model.bytes());
+        let curve = curve.map_err(|error| RuntimeError::format(path, error))?;
+        let curve = curve.ok_or_else(|| RuntimeError::NoBudget { path: path.to_owned() })?;
+        self.budget = Some(limits_for(&curve, kl));
+        Ok(())
+    }
+
     /// Positions filled.
     pub fn n_positions(&self) -> usize {
         self.n_positions
@@ -275,6 +289,24 @@ impl<'m> Session<'m> {
     }
 }
 
+/// The limits of `curve` for a divergence of `kl`. Points whose divergence was not measured are left out.
+fn limits_for(curve: &[BudgetPoint], kl: f64) -> Vec<f32> {
+    let measured = || curve.iter().filter(|point| point.kl.is_finite());
+    let below = measured().filter(|point| f64::from(point.kl) <= kl).max_by(|a, b| a.kl.total_cmp(&b.kl));
+    let above = measured().filter(|point| f64::from(point.kl) > kl).min_by(|a, b| a.kl.total_cmp(&b.kl));
+    match (below, above) {
+        (Some(below), Some(above)) => {
+            // Divergences span decades, so the place between two is one of logarithms.
+            let place = |point: &BudgetPoint| f64::from(point.kl).max(f64::from(f32::MIN_POSITIVE)).ln();
+            let share = ((kl.ln() - place(below)) / (place(above) - place(below))).clamp(0.0, 1.0) as f32;
+            let mixed = below.limits.iter().zip(&above.limits);
+            mixed.map(|(below, above)| below + share * (above - below)).collect()
+        }
+        (Some(only), None) | (None, Some(only)) => only.limits.clone(),
+        (None, None) => curve.first().map_or_else(Vec::new, |point| point.limits.clone()),
+    }
+}
+
 /// What the file's record for `layer` keeps, with its limit or threshold replaced by that of a `budget` and then
 /// scaled; `None` where it predicts nothing.
 ///
@@ -289,8 +321,11 @@ fn stored_rows(model: &Model, layer: u32, budget: Option<f32>, alpha_scale: f64)
         PredictorKind::Off => None,
         PredictorKind::Sign => {
             let stored = (record.limit, f64::from(record.alpha));
-            let (limit, alpha) = budget
-                .map_or(stored, |limit| (limit as u32, alpha_from_limit(limit as u32, hidden_size)));
+            let (limit, alpha) = budget.map_or(stored, |limit| {
+                // Up, on the side that keeps more rows.
+                let limit = limit.ceil() as u32;
+                (limit, alpha_from_limit(limit, hidden_size))
+            });
             Some(RowChoice::Limit(scaled(limit, alpha)))
         }
         PredictorKind::SignPerRow => {
@@ -309,5 +344,21 @@ fn stored_rows(model: &Model, layer: u32, budget: Option<f32>, alpha_scale: f64)
                 }
             })
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn budgets_between_points_mix_their_limits() {
+        let point = |kl, limit| BudgetPoint { kl, mlp_bytes: 0.5, limits: vec![limit, -limit] };
+        let curve = [point(0.001, 200.0), point(f32::NAN, 7.0), point(0.004, 100.0)];
+        assert_eq!(limits_for(&curve, 0.001), [200.0, -200.0]);
+        assert_eq!(limits_for(&curve, 1e-9), [200.0, -200.0]);
+        assert_eq!(limits_for(&curve, 1.0), [100.0, -100.0]);
+        let middle = limits_for(&curve, 0.002);
+        assert!((middle[0] - 150.0).abs() < 0.01 && (middle[1] + 150.0).abs() < 0.01, "{middle:?}");
     }
 }

@@ -567,7 +567,8 @@ fn scored(kind: PredictorKind) -> Vec<u8> {
 
 #[test]
 fn planes_and_offsets_that_do_not_fit() {
-    let kind_at = |file: &Patch| file.section(SectionKind::Predictors, None) + record::RECORD_LEN + record::KIND;
+    let kind_at =
+        |file: &Patch| file.section(SectionKind::Predictors, None) + record::RECORD_LEN + record::KIND;
     let bytes = scored(PredictorKind::W2);
     let error = refused(&bytes, |file| file.u32(kind_at(file), 6));
     assert_refused!(error, FormatError::GatePlanes { found: 1, expected: 2, .. }, "layer 1", "w3");
@@ -588,7 +589,13 @@ fn planes_and_offsets_that_do_not_fit() {
     let error = refused(&bytes, |file| {
         file.f32(file.section(SectionKind::GateOffsets, Some(1)) + 5 * 4, f32::INFINITY);
     });
-    assert_refused!(error, FormatError::GateOffset { row: 5, .. }, "(gate_offsets, layer 1)", "inf", "finite");
+    assert_refused!(
+        error,
+        FormatError::GateOffset { row: 5, .. },
+        "(gate_offsets, layer 1)",
+        "inf",
+        "finite"
+    );
 }
 
 #[test]

@@ -5,8 +5,8 @@ use std::path::Path;
 use format_spec::metadata::byte_of;
 use format_spec::signs::{n_words, tail_mask};
 use format_spec::{
-    Activation, AddedToken, BudgetPoint, CalibrationCurve, CalibrationText, CurvePoint, DType, DummyPrefix, Layout,
-    ModelConfig, Piece, PieceKind, PredictorKind, PredictorRecord, Provenance, Rope, RopeScaling,
+    Activation, AddedToken, BudgetPoint, CalibrationCurve, CalibrationText, CurvePoint, DType, DummyPrefix,
+    Layout, ModelConfig, Piece, PieceKind, PredictorKind, PredictorRecord, Provenance, Rope, RopeScaling,
     SectionKind, SectionSpec, Shape, SourceFile, Tail, Tokenizer, Writer,
 };
 use half::{bf16, f16};
@@ -67,8 +67,9 @@ impl Sample {
         let mut values = Values(seed);
         let is_sparse = config.activation != Activation::Silu;
         let n_layers = config.num_hidden_layers;
-        let predictors =
-            (0..n_layers).map(|layer| record(&config, layer, is_sparse, seed)).collect::<Vec<PredictorRecord>>();
+        let predictors = (0..n_layers)
+            .map(|layer| record(&config, layer, is_sparse, seed))
+            .collect::<Vec<PredictorRecord>>();
         let mut weights = vec![weight(&config, SectionKind::Embedding, None, dtype, &mut values)];
         for layer in 0..n_layers {
             use SectionKind::{AttnNorm, MlpNorm, WDownT, WGate, WK, WO, WQ, WUp, WV};
@@ -102,7 +103,10 @@ impl Sample {
         let budget = [(0.0, 0.9), (f32::NAN, 0.5), (0.25, 0.125)].map(|(kl, mlp_bytes)| BudgetPoint {
             kl,
             mlp_bytes,
-            limits: predictors.iter().map(|record| if record.kind.has_score() { -1.5 } else { 2.0 }).collect(),
+            limits: predictors
+                .iter()
+                .map(|record| if record.kind.has_score() { -1.5 } else { 2.0 })
+                .collect(),
         });
         Self {
             tokenizer: tokenizer(&config),
@@ -171,7 +175,10 @@ impl Sample {
             format!("{:?}", layout.calibration_curves(file).expect("curves")),
             format!("{:?}", self.curves)
         );
-        assert_eq!(format!("{:?}", layout.budget_curve(file).expect("budgets")), format!("{:?}", self.budget));
+        assert_eq!(
+            format!("{:?}", layout.budget_curve(file).expect("budgets")),
+            format!("{:?}", self.budget)
+        );
         assert_eq!(layout.tokenizer(file).expect("tokenizer"), self.tokenizer);
         assert_eq!(layout.provenance(file).expect("provenance"), self.provenance);
         let mut done = Vec::new();
@@ -240,12 +247,7 @@ fn signs(config: &ModelConfig, layer: u32, weights: &[u8], dtype: DType) -> (Sec
 }
 
 /// `n_planes` planes below the signs.
-fn planes(
-    config: &ModelConfig,
-    layer: u32,
-    n_planes: u32,
-    values: &mut Values,
-) -> (SectionSpec, Vec<u8>) {
+fn planes(config: &ModelConfig, layer: u32, n_planes: u32, values: &mut Values) -> (SectionSpec, Vec<u8>) {
     let signs = SectionKind::GateSigns.expected_shape(config).expect("weights have shapes");
     let shape = Shape::new(&[&[u64::from(n_planes)], signs.dims()].concat());
     let n_words = n_words(config.hidden_size);

@@ -172,12 +172,8 @@ impl Scores for Avx2 {
         // of q belong to each word.
         unsafe {
             let bit_of_lane = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
-            let byte_of_lane = _mm256_setr_epi64x(
-                0,
-                0x0101_0101_0101_0101,
-                0x0202_0202_0202_0202,
-                0x0303_0303_0303_0303,
-            );
+            let byte_of_lane =
+                _mm256_setr_epi64x(0, 0x0101_0101_0101_0101, 0x0202_0202_0202_0202, 0x0303_0303_0303_0303);
             for r in 0..n_rows {
                 let mut sum = _mm256_setzero_si256();
                 let mut word = 0;

@@ -38,6 +38,12 @@ pub(crate) struct LimitEffect {
     pub(crate) n_active_missed: u64,
 }
 
+impl LimitEffect {
+    /// No limit.
+    pub(crate) const KEEP_ALL: Self =
+        Self { limit: 0, rows_kept: 1.0, recall: 1.0, missed_energy: 0.0, n_active_missed: 0 };
+}
+
 /// One token's activity: `gate` before the activation and `h`, each `(intermediate_size,)`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Activity<'a> {
@@ -159,7 +165,10 @@ mod tests {
         assert!(bins.is_sorted_by(|a, b| a >= b), "{bins:?}");
         for (&score, bin) in scores.iter().zip(bins) {
             let threshold = threshold_of_bin(bin);
-            assert!(threshold <= score && score - threshold <= score.abs() / 128.0, "{threshold} for {score}");
+            assert!(
+                threshold <= score && score - threshold <= score.abs() / 128.0,
+                "{threshold} for {score}"
+            );
             assert_eq!(bin_of_score(threshold), bin);
             let below = if bin == 0 { continue } else { threshold_of_bin(bin - 1) };
             assert!(below > score);

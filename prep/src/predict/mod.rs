@@ -17,7 +17,7 @@ use format_spec::{PredictorKind, PredictorRecord};
 pub(crate) use fit::{Fit, LayerFit};
 pub(crate) use histogram::{Histogram, LimitEffect};
 pub(crate) use measure::{Masking, Measured, Reference, measure};
-pub(crate) use search::{Setting, budgets};
+pub(crate) use search::{LayerSetting, Search, Setting, budgets};
 
 /// A way to predict that `prep` can calibrate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

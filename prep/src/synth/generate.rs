@@ -14,7 +14,7 @@ use super::report::{LayerReport, SynthReport, sign_rule_point};
 use super::sample::{MeanInput, Sample};
 use super::shards::ShardWriter;
 use super::vocabulary;
-use crate::calibrate::SignHistogram;
+use crate::predict::Histogram;
 
 /// Magnitude of the common part of an embedding against the rest.
 const MEAN_TO_NOISE: f64 = 0.7;
@@ -212,7 +212,7 @@ impl<'a, T: Element> Generator<'a, T> {
         let n_active = gate.iter().filter(|&&gate| activation.apply(gate) != 0.0).count();
         let mut sign_rule = Vec::new();
         if self.options.is_sparse() {
-            let mut histogram = SignHistogram::new(self.options.hidden_size);
+            let mut histogram = Histogram::new(self.options.hidden_size);
             histogram.add(&signs, gate, h, &squared_norms, activation);
             sign_rule = REPORTED_SHARES.map(|share| sign_rule_point(&histogram, share)).into();
         }

@@ -4,7 +4,7 @@ use std::io::Write;
 
 use serde::Serialize;
 
-use crate::calibrate::SignHistogram;
+use crate::predict::Histogram;
 
 /// What was made.
 #[derive(Clone, Debug, Serialize)]
@@ -92,7 +92,7 @@ impl SynthReport {
 }
 
 /// The limit whose share of rows kept is nearest to `share`.
-pub(super) fn sign_rule_point(histogram: &SignHistogram, share: f64) -> SignRulePoint {
+pub(super) fn sign_rule_point(histogram: &Histogram, share: f64) -> SignRulePoint {
     let curve = histogram.curve();
     let nearest = curve
         .iter()

@@ -1,0 +1,166 @@
+//! The dense pass that tells what each kind of prediction would keep and miss.
+
+use std::collections::HashMap;
+
+use kernels::{BitPlanes, Cpu};
+use runtime::{MlpBatch, MlpObserver, Model, Session};
+
+use super::histogram::{Activity, bin_of_score};
+use super::planes::LowPlanes;
+use super::{Histogram, Kind, LimitEffect, MlpBytes};
+use crate::{PrepError, Progress};
+
+/// What the dense pass found.
+#[derive(Debug)]
+pub(crate) struct Fit<'m> {
+    pub(crate) model: &'m Model,
+    pub(crate) bytes: MlpBytes,
+    pub(crate) layers: Vec<LayerFit>,
+}
+
+/// What it found in one layer.
+#[derive(Debug)]
+pub(crate) struct LayerFit {
+    /// Share of (token, row) pairs that are active.
+    pub(crate) rows_active: f64,
+    /// For each kind, what its limits do, by rows kept.
+    pub(crate) curves: HashMap<Kind, Vec<LimitEffect>>,
+    /// The bits below the signs that each kind reads.
+    low: HashMap<Kind, LowPlanes>,
+}
+
+impl<'m> Fit<'m> {
+    /// Runs `windows` through `session`, and fits `kinds`. The first `n_prefix` tokens of a window do not count.
+    ///
+    /// # Errors
+    /// A failed pass, [`PrepError::Interrupted`].
+    pub(crate) fn run(
+        session: &mut Session<'m>,
+        windows: &[Vec<u32>],
+        n_prefix: usize,
+        kinds: &[Kind],
+        n_threads: usize,
+        progress: &Progress,
+    ) -> Result<Self, PrepError> {
+        let model = session.model();
+        let mut observer = Observer::new(model, n_prefix, kinds, n_threads);
+        for window in windows {
+            session.reset();
+            session.forward_batch(window, false, None, Some(&mut observer))?;
+            progress.advance(window.len() as u64)?;
+        }
+        let layers = observer.layers.into_iter().map(LayerSums::finish).collect();
+        Ok(Self { model, bytes: MlpBytes::new(model), layers })
+    }
+
+    /// The bits of W_gate that `kind` reads in `layer`.
+    pub(crate) fn planes(&self, layer: usize, kind: Kind) -> BitPlanes<'_> {
+        planes_of(self.model, layer, self.layers[layer].low.get(&kind))
+    }
+}
+
+/// The signs of `layer`, and `low` below them.
+fn planes_of<'a>(model: &'a Model, layer: usize, low: Option<&'a LowPlanes>) -> BitPlanes<'a> {
+    let signs = model.gate_planes(layer).expect("a file made for prediction").signs;
+    low.map_or(BitPlanes { signs, low: &[] }, |low| low.with(signs))
+}
+
+/// Fills the sums while the pass runs.
+struct Observer<'m> {
+    model: &'m Model,
+    cpu: Cpu,
+    n_prefix: usize,
+    layers: Vec<LayerSums>,
+    scores: Vec<i32>,
+    scales: Vec<f32>,
+}
+
+struct LayerSums {
+    /// `|W_down[:, i]|^2`.
+    squared_norms: Vec<f64>,
+    histograms: Vec<(Kind, Histogram)>,
+    low: HashMap<Kind, LowPlanes>,
+}
+
+impl<'m> Observer<'m> {
+    fn new(model: &'m Model, n_prefix: usize, kinds: &[Kind], n_threads: usize) -> Self {
+        let layer = |layer| {
+            let histogram = |&kind| match kind {
+                // Without a limit, what is active does not depend on the bin.
+                Kind::Exact => (kind, Histogram::new(0)),
+                Kind::Sign => (kind, Histogram::new(model.config().hidden_size)),
+                kind => (kind, Histogram::of_scores()),
+            };
+            let with_planes = kinds.iter().filter(|kind| kind.record_kind().n_planes() > 1);
+            let low = |&kind: &Kind| {
+                (kind, LowPlanes::of(&model.w_gate(layer), kind.record_kind().n_planes() as usize))
+            };
+            LayerSums {
+                squared_norms: model.down_squared_norms(layer),
+                histograms: kinds.iter().map(histogram).collect(),
+                low: with_planes.map(low).collect(),
+            }
+        };
+        Self {
+            model,
+            cpu: Cpu::new(n_threads),
+            n_prefix,
+            layers: (0..model.config().num_hidden_layers as usize).map(layer).collect(),
+            scores: Vec::new(),
+            scales: Vec::new(),
+        }
+    }
+}
+
+impl MlpObserver for Observer<'_> {
+    fn wants_n_neg(&self) -> bool {
+        true
+    }
+
+    fn mlp(&mut self, batch: &MlpBatch<'_>) {
+        let LayerSums { squared_norms, histograms, low } = &mut self.layers[batch.layer];
+        let n_rows = squared_norms.len();
+        let rows = |token: usize| token * n_rows..(token + 1) * n_rows;
+        for (kind, histogram) in histograms {
+            let is_scored = kind.record_kind().has_score();
+            if is_scored {
+                let planes = planes_of(self.model, batch.layer, low.get(kind));
+                self.scores.resize(batch.n_tokens * n_rows, 0);
+                self.scales.resize(batch.n_tokens, 0.0);
+                let (scores, scales) = (&mut self.scores, &mut self.scales);
+                let result = self.cpu.scores(&planes, batch.n_tokens, batch.x, scores, scales);
+                result.expect("the planes are of this layer");
+            }
+            for token in self.n_prefix..batch.n_tokens {
+                let rows = rows(token);
+                let activity = Activity {
+                    gate: &batch.gate[rows.clone()],
+                    h: &batch.h[rows.clone()],
+                    squared_norms,
+                    activation: self.model.activation(),
+                };
+                match kind {
+                    Kind::Exact => histogram.add_token(std::iter::repeat_n(0, n_rows), &activity),
+                    Kind::Sign => histogram.add_token(batch.n_neg[rows].iter().copied(), &activity),
+                    Kind::SignX8 | Kind::W2 | Kind::W3 => {
+                        let scale = self.scales[token];
+                        // Without a scale every row is kept.
+                        let bin =
+                            |&score: &i32| if scale > 0.0 { bin_of_score(score as f32 / scale) } else { 0 };
+                        histogram.add_token(self.scores[rows].iter().map(bin), &activity);
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl LayerSums {
+    fn finish(self) -> LayerFit {
+        LayerFit {
+            rows_active: self.histograms[0].1.rows_active(),
+            curves: self.histograms.iter().map(|(kind, histogram)| (*kind, histogram.steps())).collect(),
+            low: self.low,
+        }
+    }
+}
