@@ -540,7 +540,7 @@ pub enum FormatError {
         /// Which part.
         field: String,
         /// The value.
-        found: u64,
+        found: String,
         /// What is accepted.
         expected: String,
     },

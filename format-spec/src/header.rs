@@ -332,6 +332,16 @@ pub(crate) fn fields() -> Vec<(&'static str, usize, usize)> {
     ]
 }
 
+/// Makes length and checksum of a file's header right; `None` if there is no whole header.
+pub(crate) fn repair(file: &mut [u8]) -> Option<()> {
+    let len_bytes = file.len() as u64;
+    let header = file.first_chunk_mut::<HEADER_LEN>()?;
+    TOTAL_LEN_BYTES.put(header, len_bytes.to_le_bytes());
+    let checksum = xxh3(&header[..HEADER_CHECKSUM.offset]);
+    HEADER_CHECKSUM.put(header, checksum.to_le_bytes());
+    Some(())
+}
+
 /// The alignment is a power of two in its range.
 pub(crate) fn check_alignment(alignment_bytes: u32) -> Result<(), FormatError> {
     if alignment_bytes.is_power_of_two() && ALIGNMENTS.contains(&alignment_bytes) {

@@ -12,6 +12,8 @@ pub mod error;
 mod field;
 #[cfg(test)]
 mod format_text;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod header;
 pub mod metadata;
 mod partial;

@@ -130,47 +130,50 @@ pub struct Provenance {
     pub calibration: Option<CalibrationText>,
 }
 
+/// What a compressed section holds. So that no other module names bincode.
+pub(crate) trait Record: Encode + Decode<()> {}
+
+impl Record for Tokenizer {}
+impl Record for Provenance {}
+
 impl Tokenizer {
     /// The rules on a tokenizer of a model; `place` is its section.
     pub(crate) fn check(&self, config: &ModelConfig, place: Place) -> Result<(), FormatError> {
-        let refuse = |field: String, found: u64, expected: String| {
+        let refuse = |field: String, found: String, expected: String| {
             Err(FormatError::Tokenizer { place, field, found, expected })
         };
         let vocab_size = config.vocab_size;
-        let n_pieces = self.pieces.len() as u64;
-        if !(1..=u64::from(vocab_size)).contains(&n_pieces) {
+        let n_pieces = self.pieces.len();
+        if n_pieces == 0 || n_pieces as u64 > u64::from(vocab_size) {
             let expected = format!("1 to vocab_size {vocab_size}");
-            return refuse("number of pieces".to_owned(), n_pieces, expected);
+            return refuse("number of pieces".to_owned(), n_pieces.to_string(), expected);
         }
-        let is_piece = |id: u32| u64::from(id) < n_pieces;
+        let not_a_piece = |id: &u32| *id as usize >= n_pieces;
         let a_piece = || format!("the id of one of {n_pieces} pieces");
         for (rank, &(left, right)) in self.merges.iter().enumerate() {
-            if let Some(id) = [left, right].into_iter().find(|&id| !is_piece(id)) {
-                return refuse(format!("merge {rank}"), u64::from(id), a_piece());
+            if let Some(id) = [left, right].into_iter().find(not_a_piece) {
+                return refuse(format!("merge {rank}"), id.to_string(), a_piece());
             }
         }
-        if let Some(id) = self.unk_token_id
-            && !is_piece(id)
-        {
-            return refuse("unk_token_id".to_owned(), u64::from(id), a_piece());
+        if let Some(id) = self.unk_token_id.filter(not_a_piece) {
+            return refuse("unk_token_id".to_owned(), id.to_string(), a_piece());
         }
         if let Some((n, token)) = self.added_tokens.iter().enumerate().find(|(_, t)| t.id >= vocab_size) {
             let expected = format!("a token id below vocab_size {vocab_size}");
-            return refuse(format!("id of added token {n}"), u64::from(token.id), expected);
+            return refuse(format!("id of added token {n}"), token.id.to_string(), expected);
         }
-        let odd_byte = |piece: &Piece| piece.kind == PieceKind::Byte && byte_of(&piece.text).is_none();
-        if let Some(id) = self.pieces.iter().position(odd_byte) {
-            return refuse(
-                "byte piece".to_owned(),
-                id as u64,
-                "a spelling <0xNN> with upper-case digits".to_owned(),
-            );
+        let is_odd = |piece: &Piece| piece.kind == PieceKind::Byte && byte_of(&piece.text).is_none();
+        if let Some((id, piece)) = self.pieces.iter().enumerate().find(|(_, piece)| is_odd(piece)) {
+            let expected = "<0xNN> with upper-case digits".to_owned();
+            return refuse(format!("byte piece {id}"), format!("{:?}", piece.text), expected);
         }
-        if self.add_bos && config.bos_token_id.is_none() {
-            return refuse("add_bos".to_owned(), 1, "0, as the header has no bos_token_id".to_owned());
-        }
-        if self.add_eos && config.eos_token_ids.is_empty() {
-            return refuse("add_eos".to_owned(), 1, "0, as the header has no eos_token_ids".to_owned());
+        let switches = [
+            ("add_bos", self.add_bos, config.bos_token_id),
+            ("add_eos", self.add_eos, config.eos_token_ids.first().copied()),
+        ];
+        if let Some((name, ..)) = switches.iter().find(|(_, is_on, id)| *is_on && id.is_none()) {
+            let expected = "false, as the header has no such token".to_owned();
+            return refuse((*name).to_owned(), "true".to_owned(), expected);
         }
         Ok(())
     }
@@ -184,7 +187,7 @@ pub fn byte_of(text: &str) -> Option<u8> {
 }
 
 /// The bytes of a section that holds `record`: equal for equal records and one version of zstd.
-pub(crate) fn encode(record: &impl Encode, place: Place) -> Result<Vec<u8>, FormatError> {
+pub(crate) fn encode(record: &impl Record, place: Place) -> Result<Vec<u8>, FormatError> {
     let plain = bincode::encode_to_vec(record, bincode::config::standard())
         .map_err(|error| FormatError::Record { place, reason: error.to_string() })?;
     if plain.len() > MAX_RECORD_BYTES {
@@ -194,7 +197,7 @@ pub(crate) fn encode(record: &impl Encode, place: Place) -> Result<Vec<u8>, Form
 }
 
 /// The record in the section at `place`: one zstd frame with one bincode value, nothing after either.
-pub(crate) fn decode<T: Decode<()>>(bytes: &[u8], place: Place) -> Result<T, FormatError> {
+pub(crate) fn decode<T: Record>(bytes: &[u8], place: Place) -> Result<T, FormatError> {
     let plain = decompress(bytes, place)?;
     let config = bincode::config::standard().with_limit::<MAX_RECORD_BYTES>();
     let (record, n_read) = bincode::decode_from_slice(&plain, config)

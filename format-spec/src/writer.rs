@@ -53,6 +53,8 @@ pub struct Tail<'a> {
 }
 
 /// Streams one file. Dropped before [`Writer::commit`], it removes `OUT.partial`.
+///
+/// After [`FormatError::Io`] from [`Writer::write`] the section's bytes are lost and the writer is of no more use.
 #[derive(Debug)]
 pub struct Writer {
     out: PathBuf,
@@ -66,7 +68,9 @@ pub struct Writer {
     /// Where the weights end so far, and the digest's state there.
     end_bytes: u64,
     digest: FileHasher,
-    /// Length of the file once it is sealed.
+    /// True when bytes of a tail may follow the weights.
+    has_tail: bool,
+    /// Length of the file while it is sealed.
     sealed_len_bytes: Option<u64>,
 }
 
@@ -108,6 +112,7 @@ impl Writer {
             open: None,
             end_bytes: HEADER_LEN as u64,
             digest: FileHasher::new(),
+            has_tail: false,
             sealed_len_bytes: None,
         })
     }
@@ -125,9 +130,7 @@ impl Writer {
     pub fn begin(&mut self, spec: SectionSpec) -> Result<(), FormatError> {
         self.expect_complete("begin")?;
         let section = self.next_section(spec)?;
-        if self.sealed_len_bytes.take().is_some() {
-            self.partial.truncate(self.end_bytes)?;
-        }
+        self.drop_tail()?;
         let padding = padding(self.end_bytes, section.offset_bytes);
         self.digest.update(padding);
         self.partial.write(padding)?;
@@ -173,9 +176,8 @@ impl Writer {
         self.expect_complete("seal")?;
         let encoded = self.encode_tail(tail)?;
         self.check_presence(tail)?;
-        if self.sealed_len_bytes.take().is_some() {
-            self.partial.truncate(self.end_bytes)?;
-        }
+        self.drop_tail()?;
+        self.has_tail = true;
         let mut output = TailOutput {
             partial: &mut self.partial,
             digest: self.digest.clone(),
@@ -217,6 +219,16 @@ impl Writer {
         Ok(len_bytes)
     }
 
+    /// Removes what an earlier [`Writer::seal`] wrote after the weights, complete or not.
+    fn drop_tail(&mut self) -> Result<(), FormatError> {
+        self.sealed_len_bytes = None;
+        if self.has_tail {
+            self.partial.truncate(self.end_bytes)?;
+            self.has_tail = false;
+        }
+        Ok(())
+    }
+
     fn expect_complete(&self, what: &'static str) -> Result<(), FormatError> {
         match &self.open {
             Some(OpenSection { section, n_missing, .. }) => {
@@ -253,48 +265,78 @@ impl Writer {
 
     /// The tail's sections with their bytes, checked as a reader will check them; offsets are not known yet.
     fn encode_tail(&self, tail: &Tail<'_>) -> Result<Vec<(Section, Vec<u8>)>, FormatError> {
-        let config = &self.config;
-        let mut encoded = Vec::new();
-        let mut push = |kind, place: Place, dims: &[u64], bytes: Vec<u8>| {
-            let section = tail_section(kind, dims, &bytes);
-            check_section(&section, config, |_| place)?;
-            encoded.push((section, bytes));
-            Ok::<_, FormatError>(())
-        };
-        let n_weights = self.weights.len();
-        let place = |n_before, kind| self.place(n_weights + n_before, kind, None);
-
-        let kind = SectionKind::Predictors;
-        let bytes = encode_records(tail.predictors);
-        parse_records(place(0, kind), &bytes, config)?;
-        push(kind, place(0, kind), &[tail.predictors.len() as u64, RECORD_LEN as u64], bytes)?;
-
-        let n_curves = usize::from(tail.curves.is_some());
+        let mut encoded = vec![self.encode_predictors(tail.predictors)?];
         if let Some(curves) = tail.curves {
-            let kind = SectionKind::CalibrationCurves;
-            let n_points = curves.first().map_or(0, Vec::len);
-            if let Some(odd) = curves.iter().find(|curve| curve.len() != n_points || n_points == 0) {
-                let found = format!("a curve of {} points", odd.len());
-                return Err(write_order(kind.name(), found, "as many in every layer, at least one"));
-            }
-            let bytes = encode_curves(curves);
-            parse_curves(place(1, kind), &bytes, n_points, config)?;
-            push(kind, place(1, kind), &[curves.len() as u64, n_points as u64, 4], bytes)?;
+            encoded.push(self.encode_curves(curves, encoded.len())?);
         }
-
-        let kind = SectionKind::Tokenizer;
-        let at = place(1 + n_curves, kind);
-        tail.tokenizer.check(config, at)?;
-        let bytes = metadata::encode(tail.tokenizer, at)?;
-        push(kind, at, &[bytes.len() as u64], bytes)?;
-
+        let place = self.tail_place(SectionKind::Tokenizer, encoded.len());
+        tail.tokenizer.check(&self.config, place)?;
+        encoded.push(self.encode_metadata(SectionKind::Tokenizer, tail.tokenizer, place)?);
         if let Some(provenance) = tail.provenance {
-            let kind = SectionKind::Provenance;
-            let at = place(2 + n_curves, kind);
-            let bytes = metadata::encode(provenance, at)?;
-            push(kind, at, &[bytes.len() as u64], bytes)?;
+            let place = self.tail_place(SectionKind::Provenance, encoded.len());
+            encoded.push(self.encode_metadata(SectionKind::Provenance, provenance, place)?);
         }
         Ok(encoded)
+    }
+
+    fn encode_predictors(&self, records: &[PredictorRecord]) -> Result<(Section, Vec<u8>), FormatError> {
+        let kind = SectionKind::Predictors;
+        let place = self.tail_place(kind, 0);
+        let bytes = encode_records(records);
+        let section = self.tail_section(kind, &[records.len() as u64, RECORD_LEN as u64], &bytes, place)?;
+        parse_records(place, &bytes, &self.config)?;
+        Ok((section, bytes))
+    }
+
+    fn encode_curves(
+        &self,
+        curves: &[CalibrationCurve],
+        n_before: usize,
+    ) -> Result<(Section, Vec<u8>), FormatError> {
+        let kind = SectionKind::CalibrationCurves;
+        let place = self.tail_place(kind, n_before);
+        let n_points = curves.first().map_or(0, Vec::len);
+        if let Some(odd) = curves.iter().find(|curve| curve.len() != n_points || n_points == 0) {
+            let found = format!("a curve of {} points", odd.len());
+            return Err(write_order(kind.name(), found, "as many in every layer, at least one"));
+        }
+        let bytes = encode_curves(curves);
+        let section = self.tail_section(kind, &[curves.len() as u64, n_points as u64, 4], &bytes, place)?;
+        parse_curves(place, &bytes, n_points, &self.config)?;
+        Ok((section, bytes))
+    }
+
+    fn encode_metadata(
+        &self,
+        kind: SectionKind,
+        record: &impl metadata::Record,
+        place: Place,
+    ) -> Result<(Section, Vec<u8>), FormatError> {
+        let bytes = metadata::encode(record, place)?;
+        Ok((self.tail_section(kind, &[bytes.len() as u64], &bytes, place)?, bytes))
+    }
+
+    /// A section of the tail, not placed in the file yet.
+    fn tail_section(
+        &self,
+        kind: SectionKind,
+        dims: &[u64],
+        bytes: &[u8],
+        place: Place,
+    ) -> Result<Section, FormatError> {
+        let section = Section {
+            kind,
+            layer: None,
+            dtype: kind.dtypes()[0],
+            shape: Shape::new(dims),
+            encoding: kind.encoding(),
+            required: kind.is_required(),
+            offset_bytes: 0,
+            len_bytes: bytes.len() as u64,
+            xxh3: xxh3(bytes),
+        };
+        check_section(&section, &self.config, |_| place)?;
+        Ok(section)
     }
 
     fn check_presence(&self, tail: &Tail<'_>) -> Result<(), FormatError> {
@@ -304,10 +346,15 @@ impl Writer {
         check_predictor_sections(tail.predictors, is_there)
     }
 
-    /// A section for messages; its offset is not known to the caller, so it is left out.
+    /// A section for messages; its offset means nothing to the caller, so it is left out.
     fn place(&self, index: usize, kind: SectionKind, layer: Option<u32>) -> Place {
         let section = SectionId { index: index as u32, kind: kind.code(), layer };
         Place { section: Some(section), offset_bytes: None }
+    }
+
+    /// The section of the tail that `n_before` others of it precede.
+    fn tail_place(&self, kind: SectionKind, n_before: usize) -> Place {
+        self.place(self.weights.len() + n_before, kind, None)
     }
 }
 
@@ -331,21 +378,6 @@ impl TailOutput<'_> {
         }
         self.end_bytes = offset_bytes + bytes.len() as u64;
         Ok(offset_bytes)
-    }
-}
-
-/// A section of the tail, not placed yet.
-fn tail_section(kind: SectionKind, dims: &[u64], bytes: &[u8]) -> Section {
-    Section {
-        kind,
-        layer: None,
-        dtype: kind.dtypes()[0],
-        shape: Shape::new(dims),
-        encoding: kind.encoding(),
-        required: kind.is_required(),
-        offset_bytes: 0,
-        len_bytes: bytes.len() as u64,
-        xxh3: xxh3(bytes),
     }
 }
 

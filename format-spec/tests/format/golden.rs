@@ -30,6 +30,11 @@ fn sample() -> Sample {
     sample
 }
 
+/// True when the run is to write the checked-in files again.
+pub(crate) fn is_blessing() -> bool {
+    std::env::var_os("SINF_BLESS").is_some()
+}
+
 /// `SINF_BLESS=1` writes both again; a difference in them then belongs into the commit's text.
 #[test]
 fn the_golden_file_and_its_listing_are_what_is_written() {
@@ -38,7 +43,7 @@ fn the_golden_file_and_its_listing_are_what_is_written() {
     let (listing_found, after) = rest.split_once(END).expect("the listing's end");
     let bytes = sample().bytes();
     let listing = format!("```text\n{}```\n", listing(&bytes));
-    if std::env::var_os("SINF_BLESS").is_some() {
+    if is_blessing() {
         std::fs::write(golden_path(), &bytes).expect("written");
         let text = format!("{before}{BEGIN}{listing}{END}{after}");
         std::fs::write(folder().join("FORMAT.md"), text).expect("written");

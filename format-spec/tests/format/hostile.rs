@@ -1,6 +1,6 @@
 //! One case per rule: a good file with one field changed, checksummed again so that the rule itself fires.
 
-use format_spec::{Activation, DType, FormatError, Layout, SectionKind};
+use format_spec::{Activation, DType, FormatError, Layout, SectionKind, Tokenizer};
 
 use crate::patch::{Patch, assert_refused, header, read_all, record, refused, row};
 use crate::sample::{Sample, config};
@@ -660,6 +660,41 @@ fn values_that_do_not_decode() {
     plain.push(0);
     let error = tokenizer_error(&compressed(&plain));
     assert_refused!(error, FormatError::Record { .. }, "(tokenizer)", "1 bytes follow the value");
+}
+
+#[test]
+fn tokenizers_that_contradict_themselves_or_the_header() {
+    let folder = tempfile::tempdir().expect("a scratch folder");
+    let good = Sample::new(config(), DType::F16, 21);
+    let mut writer = good.begin(&folder.path().join("tokenizer.sinf"), false);
+    let mut refused_tokenizer = |change: &dyn Fn(&mut Tokenizer)| {
+        let mut sample = good.clone();
+        change(&mut sample.tokenizer);
+        writer.seal(&sample.tail()).expect_err("a broken rule")
+    };
+    let error = refused_tokenizer(&|tokenizer| tokenizer.pieces.clear());
+    assert_refused!(error, FormatError::Tokenizer { .. }, "number of pieces is 0", "vocab_size 300");
+    let error = refused_tokenizer(&|tokenizer| tokenizer.pieces.push(tokenizer.pieces[9].clone()));
+    assert_refused!(error, FormatError::Tokenizer { .. }, "number of pieces is 301", "vocab_size 300");
+    let error = refused_tokenizer(&|tokenizer| tokenizer.merges[1].1 = 300);
+    assert_refused!(error, FormatError::Tokenizer { .. }, "merge 1 is 300", "300 pieces");
+    let error = refused_tokenizer(&|tokenizer| tokenizer.unk_token_id = Some(301));
+    assert_refused!(error, FormatError::Tokenizer { .. }, "unk_token_id is 301");
+    let error = refused_tokenizer(&|tokenizer| tokenizer.added_tokens[0].id = 302);
+    assert_refused!(error, FormatError::Tokenizer { .. }, "added token 0 is 302", "vocab_size 300");
+    for spelling in ["<0x0a>", "<0x1>", "<0x+A>", "0x0A", "<0x0A"] {
+        let error = refused_tokenizer(&|tokenizer| tokenizer.pieces[13].text = spelling.to_owned());
+        assert_refused!(error, FormatError::Tokenizer { .. }, "byte piece 13", spelling);
+    }
+    let error = refused_tokenizer(&|tokenizer| {
+        tokenizer.pieces.truncate(299);
+        tokenizer.unk_token_id = Some(299);
+        tokenizer.merges.clear();
+    });
+    assert_refused!(error, FormatError::Tokenizer { .. }, "unk_token_id is 299", "299 pieces");
+    // The reader checks the same: the header loses its BOS.
+    let error = refused_u32(header::BOS_TOKEN_ID, u32::MAX);
+    assert_refused!(error, FormatError::Tokenizer { .. }, "(tokenizer)", "add_bos is true");
 }
 
 // Checksums.

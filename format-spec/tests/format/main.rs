@@ -1,5 +1,6 @@
 //! Tests of the format through its public face.
 
+mod corpus;
 mod damage;
 mod golden;
 mod hostile;

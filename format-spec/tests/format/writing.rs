@@ -57,6 +57,19 @@ fn a_partial_is_valid_once_sealed_and_can_be_sealed_again() {
     assert!(fs::read(out).expect("there") == sample.bytes(), "the way there leaves no trace");
 }
 
+#[cfg(unix)]
+#[test]
+fn a_link_in_place_of_the_partial_is_replaced_and_not_followed() {
+    let sample = sample();
+    let folder = tempfile::tempdir().expect("a scratch folder");
+    let other = folder.path().join("other");
+    fs::write(&other, "precious").expect("written");
+    std::os::unix::fs::symlink(&other, folder.path().join("out.sinf.partial")).expect("linked");
+    drop(sample.begin(&folder.path().join("out.sinf"), false));
+    assert_eq!(names(folder.path()), ["other"]);
+    assert_eq!(fs::read(other).expect("there"), b"precious");
+}
+
 #[test]
 fn sections_may_follow_a_seal() {
     let mut sample = sample();
