@@ -6,7 +6,7 @@ use std::path::Path;
 use format_spec::{
     Activation, DummyPrefix, ModelConfig, PredictorKind, PredictorRecord, Provenance, RopeScaling, Tokenizer,
 };
-use runtime::{Model, RuntimeError};
+use runtime::Model;
 use serde::Serialize;
 
 use crate::PrepError;
@@ -182,7 +182,7 @@ pub struct TensorRow {
 pub fn inspect(path: &Path, with_tensors: bool) -> Result<Inspection, PrepError> {
     let model = Model::open(path)?;
     let (layout, file) = (model.layout(), model.bytes());
-    let in_file = |source| RuntimeError::Format { path: model.path().to_owned(), source };
+    let in_file = |error| model.error(error);
     let tokenizer = layout.tokenizer(file).map_err(in_file)?;
     let provenance = layout.provenance(file).map_err(in_file)?;
     let curves = layout.calibration_curves(file).map_err(in_file)?;

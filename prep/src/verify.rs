@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Instant;
 
-use runtime::{Model, RuntimeError};
+use runtime::Model;
 use serde::Serialize;
 
 use crate::inspect::hex;
@@ -37,7 +37,7 @@ pub fn verify(path: &Path, progress: &Progress) -> Result<Verification, PrepErro
     let bytes = model.bytes().len() as u64;
     progress.begin("verifying", bytes);
     let checked = model.layout().verify(model.bytes(), &mut |done| progress.set(done));
-    checked.map_err(|source| RuntimeError::Format { path: model.path().to_owned(), source })?;
+    checked.map_err(|error| model.error(error))?;
     let seconds = started.elapsed().as_secs_f64();
     Ok(Verification {
         path: model.path().to_owned(),

@@ -11,7 +11,7 @@ pub enum RuntimeError {
         path: String,
         /// The broken rule.
         #[source]
-        source: format_spec::FormatError,
+        source: Box<format_spec::FormatError>,
     },
     /// The operating system refused.
     #[error("{path}: cannot {action}")]
@@ -62,6 +62,10 @@ pub enum RuntimeError {
 }
 
 impl RuntimeError {
+    pub(crate) fn format(path: &str, error: format_spec::FormatError) -> Self {
+        Self::Format { path: path.to_owned(), source: Box::new(error) }
+    }
+
     /// What to do about it.
     pub fn hint(&self) -> Option<&'static str> {
         match self {

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use format_spec::{DType, Layout, ModelConfig, Section, SectionKind};
+use format_spec::{DType, FormatError, Layout, ModelConfig, Section, SectionKind};
 use half::{bf16, f16};
 use kernels::{Elements, Matrix, MlpWeights, SignMatrix};
 use memmap2::Mmap;
@@ -54,7 +54,7 @@ impl Model {
         let path = path.display().to_string();
         let layout = match Layout::parse(map.as_deref().unwrap_or(&[])) {
             Ok(layout) => layout,
-            Err(source) => return Err(RuntimeError::Format { path, source }),
+            Err(error) => return Err(RuntimeError::format(&path, error)),
         };
         let map = map.expect("an empty file is not valid");
         Ok(Self { map, layout, path })
@@ -78,6 +78,11 @@ impl Model {
     /// The file's path, for messages.
     pub fn path(&self) -> &str {
         &self.path
+    }
+
+    /// `error` as one of this file, for rules that only a full read can check.
+    pub fn error(&self, error: FormatError) -> RuntimeError {
+        RuntimeError::format(&self.path, error)
     }
 
     /// The MLP's activation, as the kernels name it.

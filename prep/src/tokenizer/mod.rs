@@ -9,7 +9,7 @@
 //!   tokenizer classes, and the post-processor's word for others.
 //! - The BOS token must be the one that config.json names.
 //!
-//! The vocabulary may have up to [`MAX_PADDING`] entries fewer than the embedding has rows, which some checkpoints pad;
+//! The vocabulary may have up to `MAX_PADDING` entries fewer than the embedding has rows, which some checkpoints pad;
 //! ids past the last piece have no text.
 
 mod hugging_face;
