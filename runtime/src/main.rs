@@ -17,7 +17,9 @@ use serde::Serialize;
 use runtime::bench::{BenchOptions, bench};
 use runtime::chat::ChatFormat;
 use runtime::device::{self, DeviceError};
-use runtime::generate::{GenerateError, GenerateOptions, Generated, N_BATCH, StopReason, generate};
+use runtime::generate::{
+    GenerateError, GenerateOptions, Generated, N_BATCH, StopReason, check_prompt, generate,
+};
 use runtime::perplexity::{Perplexity, PerplexityError, PerplexityOptions, join_documents, perplexity};
 use runtime::sampler::Candidate;
 use runtime::stats::{RowShares, Stats, Times};
@@ -161,6 +163,7 @@ fn generate_text(
         end_ids.extend(chat.stops.iter().filter_map(|stop| tokenizer.added_token(stop)));
     }
     let prompt_ids = tokenizer.encode(&prompt)?;
+    check_prompt(&session, &prompt_ids)?;
     let seed = cli.seed();
     let options = GenerateOptions {
         n_predict,
@@ -238,7 +241,7 @@ fn write_statistics(
 
 fn run_bench(cli: &Cli, file: &Path, options: &BenchOptions, output: Table) -> anyhow::Result<()> {
     let model = open(cli, file)?;
-    let n_positions = options.n_prompt.max(options.n_decode);
+    let n_positions = options.n_prompt.max(options.n_decode).min(max_positions(&model));
     let mut session = session(cli, &model, n_positions, MlpMode::Dense)?;
     let results = bench(&mut session, options)?;
     let mut out = io::stdout().lock();
