@@ -67,7 +67,7 @@ pub struct ConvertArgs {
     /// weights, minutes for 7 billion.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub calibration_tokens: Option<u32>,
-    /// Largest share of a layer's MLP output energy that skipped rows may have, 0 to 1 [default: 0.01].
+    /// Largest share of a layer's MLP output energy that skipped rows may have, 0 to 1 [default: 0.003].
     #[arg(long, value_name = "E", value_parser = parse_share)]
     pub target_missed_energy: Option<f64>,
     /// Threads; 0 takes one for each available core. The output does not depend on it.
