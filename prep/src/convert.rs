@@ -25,7 +25,7 @@ use crate::arch::{self, CONFIG_FILE, TensorName};
 use crate::calibrate::{self, CalibrationOptions, Text};
 use crate::checkpoint::{Checkpoint, hash_file};
 use crate::inspect::PredictorRow;
-use crate::stream::{BLOCK_BYTES, WeightStream};
+use crate::stream::{BlockSizes, WeightStream};
 use crate::tokenizer::{FolderTokenizer, read_tokenizer};
 use crate::{PrepError, Progress};
 
@@ -128,7 +128,7 @@ pub fn convert(
         dtype,
         with_signs,
         n_threads,
-        block_bytes: BLOCK_BYTES,
+        block_sizes: BlockSizes::DEFAULT,
     };
     let mut source_files = stream.write(&mut writer, progress)?;
     let weights_seconds = weights_started.elapsed().as_secs_f64();
