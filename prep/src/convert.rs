@@ -353,6 +353,25 @@ mod tests {
         assert_eq!(provenance.options[0], ("calibration-tokens".to_owned(), "700".to_owned()));
     }
 
+    /// A target of 0 keeps nearly all rows of so narrow a model.
+    #[test]
+    fn layers_that_would_read_more_are_not_predicted() {
+        let folder = tempfile::tempdir().expect("a scratch folder");
+        let calibration =
+            CalibrationOptions { target_missed_energy: 0.0, ..CalibrationOptions::DEFAULT.clone() };
+        let options = options(Some(Predictor::Calibrated(calibration)));
+        let out = folder.path().join("out.sinf");
+        let report = convert(&bundled(), &out, &options, &Progress::silent()).expect("converted");
+        let off = report.predictors.iter().filter(|row| row.kind == "exact").count();
+        assert!(off > 0, "{:?}", report.predictors);
+        for row in &report.predictors {
+            assert_eq!(row.missed_energy, Some(0.0));
+            // Sign words take a sixteenth of f16 rows.
+            assert_eq!(row.kind == "exact", row.rows_kept == Some(1.0), "{row:?}");
+            assert!(row.kind == "exact" || row.rows_kept < Some(1.0 - 1.0 / 16.0), "{row:?}");
+        }
+    }
+
     #[test]
     fn exact_files_have_no_sign_words() {
         let folder = tempfile::tempdir().expect("a scratch folder");
