@@ -10,6 +10,8 @@
 //! limit of the layer   = the smallest whose missed_energy is at most the target
 //! ```
 //!
+//! A layer whose limit leaves out fewer bytes than its sign words take is not predicted.
+//!
 //! Source of the rule: SparseInfer, arXiv 2411.12692; its alpha is found by search there, by this curve here.
 //! The text runs in windows of BOS and the tokens that follow; BOS itself is in every prompt, which is dense, and does
 //! not count. Sums run over tokens and neurons in order, on one thread, so that they do not depend on the number of
@@ -18,7 +20,7 @@
 use std::path::{Path, PathBuf};
 
 use format_spec::calibration::alpha_from_limit;
-use format_spec::{CalibrationCurve, CurvePoint, PredictorKind, PredictorRecord};
+use format_spec::{CalibrationCurve, CurvePoint, PredictorKind, PredictorRecord, SectionKind};
 use kernels::Activation;
 use runtime::{MlpBatch, MlpMode, MlpObserver, Model, Session, SessionOptions};
 
@@ -144,7 +146,7 @@ pub(crate) struct Calibration {
 /// Runs the dense forward pass of `model` over `text` and chooses each layer's limit.
 ///
 /// # Errors
-/// An empty text, a failed pass, [`PrepError::Interrupted`].
+/// An empty text, a failed pass, [`PrepError::NotFinite`], [`PrepError::Interrupted`].
 pub(crate) fn run(
     model: &Model,
     tokenizer: &format_spec::Tokenizer,
@@ -178,13 +180,20 @@ pub(crate) fn run(
     let n_tokens = tokens.len();
     let mut predictors = Vec::new();
     let mut curves = Vec::new();
-    for histogram in &histograms.layers {
+    for (layer, histogram) in (0..).zip(&histograms.layers) {
+        if !histogram.energy().is_finite() {
+            return Err(PrepError::NotFinite { layer });
+        }
         let curve = histogram.curve();
         let rows_active = histogram.rows_active();
-        let chosen = choose(&curve, options.target_missed_energy, rows_active > 0.0);
+        let mut chosen = choose(&curve, options.target_missed_energy, rows_active > 0.0);
+        let is_worth_it = 1.0 - chosen.rows_kept > cost_of_signs(model, layer);
+        if !is_worth_it {
+            chosen = curve[curve.len() - 1];
+        }
         curves.push(thin(&curve, chosen.limit, N_CURVE_POINTS));
         predictors.push(PredictorRecord {
-            kind: PredictorKind::Sign,
+            kind: if is_worth_it { PredictorKind::Sign } else { PredictorKind::Off },
             limit: chosen.limit,
             alpha: alpha_from_limit(chosen.limit, config.hidden_size) as f32,
             rows_active: rows_active as f32,
@@ -195,6 +204,13 @@ pub(crate) fn run(
         });
     }
     Ok(Calibration { predictors, curves, n_tokens: n_tokens as u64, window })
+}
+
+/// Bytes of the sign words over those of the gate rows: a layer that leaves out a smaller share reads less without
+/// prediction.
+fn cost_of_signs(model: &Model, layer: u32) -> f64 {
+    let len_bytes = |kind| model.layout().find(kind, Some(layer)).map_or(0, |section| section.len_bytes);
+    len_bytes(SectionKind::GateSigns) as f64 / len_bytes(SectionKind::WGate) as f64
 }
 
 /// Collects every layer's histogram while the forward pass runs.
@@ -288,6 +304,11 @@ impl SignHistogram {
                 }
             }
         }
+    }
+
+    /// Energy of all pairs.
+    fn energy(&self) -> f64 {
+        self.bins.iter().map(|bin| bin.energy).sum()
     }
 
     /// Share of pairs that are active.

@@ -25,7 +25,7 @@ use crate::arch::{self, CONFIG_FILE, TensorName};
 use crate::calibrate::{self, CalibrationOptions, Text};
 use crate::checkpoint::{Checkpoint, hash_file};
 use crate::inspect::PredictorRow;
-use crate::stream::{BLOCK_BYTES, WeightStream};
+use crate::stream::{BlockSizes, WeightStream};
 use crate::tokenizer::{FolderTokenizer, read_tokenizer};
 use crate::{PrepError, Progress};
 
@@ -128,7 +128,7 @@ pub fn convert(
         dtype,
         with_signs,
         n_threads,
-        block_bytes: BLOCK_BYTES,
+        block_sizes: BlockSizes::DEFAULT,
     };
     let mut source_files = stream.write(&mut writer, progress)?;
     let weights_seconds = weights_started.elapsed().as_secs_f64();
@@ -351,6 +351,25 @@ mod tests {
         assert_eq!(names[..4], expected);
         assert_eq!(provenance.calibration.expect("there").name, "text.txt");
         assert_eq!(provenance.options[0], ("calibration-tokens".to_owned(), "700".to_owned()));
+    }
+
+    /// A target of 0 keeps nearly all rows of so narrow a model.
+    #[test]
+    fn layers_that_would_read_more_are_not_predicted() {
+        let folder = tempfile::tempdir().expect("a scratch folder");
+        let calibration =
+            CalibrationOptions { target_missed_energy: 0.0, ..CalibrationOptions::DEFAULT.clone() };
+        let options = options(Some(Predictor::Calibrated(calibration)));
+        let out = folder.path().join("out.sinf");
+        let report = convert(&bundled(), &out, &options, &Progress::silent()).expect("converted");
+        let off = report.predictors.iter().filter(|row| row.kind == "exact").count();
+        assert!(off > 0, "{:?}", report.predictors);
+        for row in &report.predictors {
+            assert_eq!(row.missed_energy, Some(0.0));
+            // Sign words take a sixteenth of f16 rows.
+            assert_eq!(row.kind == "exact", row.rows_kept == Some(1.0), "{row:?}");
+            assert!(row.kind == "exact" || row.rows_kept < Some(1.0 - 1.0 / 16.0), "{row:?}");
+        }
     }
 
     #[test]

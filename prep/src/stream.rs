@@ -11,7 +11,7 @@
 //! hashing     BLAKE3 of every shard, in the order of first use
 //! ```
 //!
-//! Memory: at most 8 workers with 5 blocks of 8 MiB each, whatever the model's size, and one layer's sign words.
+//! Memory: at most 8 workers with 5 buffers of 8 MiB each, whatever the model's size, and one layer's sign words.
 
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 
@@ -22,8 +22,12 @@ use crate::checkpoint::{Checkpoint, Shard, TensorInfo};
 use crate::pack::{self, BadElement, element_bytes};
 use crate::{PrepError, Progress};
 
-/// The size of blocks that keeps several of them in the caches of the system and costs few calls.
-pub(crate) const BLOCK_BYTES: u64 = 8 << 20;
+/// Blocks that stay in the second-level cache from reading to writing.
+const BLOCK_BYTES: u64 = 1 << 20;
+/// Strips of W_down are wider: each row of the checkpoint gives only a piece to it, and every piece is a read.
+const STRIP_BYTES: u64 = 8 << 20;
+/// Bytes hashed and written at once; see `BUFFER_BYTES` of the format's writer.
+const WRITE_BYTES: usize = 256 << 10;
 /// Workers past this many would wait for the one thread that writes.
 const MAX_WORKERS: usize = 8;
 /// Columns of W_down in a block are a multiple of this: tiles of the transposition stay whole.
@@ -39,8 +43,19 @@ pub(crate) struct WeightStream<'a> {
     /// Puts the sign words of W_gate behind it.
     pub(crate) with_signs: bool,
     pub(crate) n_threads: usize,
-    /// Bytes of the checkpoint that one block takes, unless a single row is longer.
-    pub(crate) block_bytes: u64,
+    pub(crate) block_sizes: BlockSizes,
+}
+
+/// Bytes of the checkpoint that one block takes, unless a single row is longer.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BlockSizes {
+    block_bytes: u64,
+    /// Of tensors that are transposed.
+    strip_bytes: u64,
+}
+
+impl BlockSizes {
+    pub(crate) const DEFAULT: Self = Self { block_bytes: BLOCK_BYTES, strip_bytes: STRIP_BYTES };
 }
 
 impl WeightStream<'_> {
@@ -61,7 +76,7 @@ impl WeightStream<'_> {
         let n_shard_bytes: u64 = shards.iter().map(|shard| shard.len_bytes).sum();
         progress.begin("converting", n_weight_bytes + n_shard_bytes);
         let blocks: Vec<Block<'_>> =
-            tensors.iter().flat_map(|tensor| tensor.blocks(self.block_bytes, self.with_signs)).collect();
+            tensors.iter().flat_map(|tensor| tensor.blocks(self.block_sizes, self.with_signs)).collect();
         let n_workers = self.n_threads.clamp(1, MAX_WORKERS);
 
         let (written, hashed) = std::thread::scope(|scope| {
@@ -111,7 +126,7 @@ fn write_all(
         if block.first_row == 0 {
             writer.begin(section(tensor.name, tensor.name.kind, tensor.dtype, &tensor.section_shape()))?;
         }
-        writer.write(&made.bytes)?;
+        made.bytes.chunks(WRITE_BYTES).try_for_each(|bytes| writer.write(bytes))?;
         signs.extend(made.signs.iter().flat_map(|word| word.to_le_bytes()));
         if block.with_signs && block.is_last() {
             let shape = [tensor.n_rows, tensor.n_cols.div_ceil(32)];
@@ -179,10 +194,11 @@ impl<'a> Tensor<'a> {
     }
 
     /// The tensor in runs of rows of the file.
-    fn blocks(&self, block_bytes: u64, with_signs: bool) -> impl Iterator<Item = Block<'_>> {
+    fn blocks(&self, sizes: BlockSizes, with_signs: bool) -> impl Iterator<Item = Block<'_>> {
         let row_bytes = self.n_cols * element_bytes(self.info.dtype) as u64;
-        let granule = if self.transposed { STRIP_COLS } else { 1 };
-        let n_block_rows = (block_bytes / row_bytes / granule * granule).max(granule);
+        let (n_bytes, granule) =
+            if self.transposed { (sizes.strip_bytes, STRIP_COLS) } else { (sizes.block_bytes, 1) };
+        let n_block_rows = (n_bytes / row_bytes / granule * granule).max(granule);
         (0..self.n_rows).step_by(n_block_rows as usize).map(move |first_row| Block {
             tensor: self,
             first_row,
@@ -265,20 +281,23 @@ impl Worker {
         let tensor = block.tensor;
         let (n_rows, n_cols) = (block.n_rows as usize, tensor.n_cols as usize);
         let (src_dtype, src_bytes) = (tensor.info.dtype, element_bytes(tensor.info.dtype));
-        self.read.resize(n_rows * n_cols * src_bytes, 0);
+        let n_bytes = n_rows * n_cols * src_bytes;
+        // Never made shorter, as growing again would write zeros.
+        self.read.resize(n_bytes.max(self.read.len()), 0);
+        let read = &mut self.read[..n_bytes];
         let converted = if tensor.transposed {
             // A row of the checkpoint holds one element of each row of the file.
-            for (row, piece) in (0..).zip(self.read.chunks_exact_mut(n_rows * src_bytes)) {
+            for (row, piece) in (0..).zip(read.chunks_exact_mut(n_rows * src_bytes)) {
                 let index = row * tensor.n_rows + block.first_row;
                 checkpoint.read_at(tensor.info, index * src_bytes as u64, piece)?;
             }
             &mut self.strip
         } else {
             let index = block.first_row * tensor.n_cols;
-            checkpoint.read_at(tensor.info, index * src_bytes as u64, &mut self.read)?;
+            checkpoint.read_at(tensor.info, index * src_bytes as u64, read)?;
             &mut made.bytes
         };
-        pack::convert(&self.read, src_dtype, tensor.dtype, converted).map_err(|bad| PrepError::Element {
+        pack::convert(read, src_dtype, tensor.dtype, converted).map_err(|bad| PrepError::Element {
             path: checkpoint.path_of(tensor.info).to_owned(),
             tensor: tensor.name.name.clone(),
             dtype: tensor.dtype,
@@ -337,7 +356,7 @@ mod tests {
     }
 
     /// The sealed file of a stream of f16.
-    fn written(folder: &Path, n_threads: usize, block_bytes: u64) -> Result<Vec<u8>, PrepError> {
+    fn written(folder: &Path, n_threads: usize, block_sizes: BlockSizes) -> Result<Vec<u8>, PrepError> {
         let config = arch::read_config(folder)?;
         let tensors = arch::tensors(&config);
         let checkpoint = Checkpoint::open(folder)?;
@@ -345,7 +364,7 @@ mod tests {
         let mut writer = Writer::create(&scratch.path().join("out.sinf"), &config, 64, false)?;
         let (checkpoint, tensors) = (&checkpoint, tensors.as_slice());
         let stream =
-            WeightStream { checkpoint, tensors, dtype: DType::F16, with_signs: true, n_threads, block_bytes };
+            WeightStream { checkpoint, tensors, dtype: DType::F16, with_signs: true, n_threads, block_sizes };
         let sources = stream.write(&mut writer, &Progress::silent())?;
         assert_eq!(sources.len(), checkpoint.shards().len());
         for (source, shard) in sources.iter().zip(checkpoint.shards()) {
@@ -360,6 +379,10 @@ mod tests {
             provenance: None,
         })?;
         Ok(std::fs::read(writer.partial_path()).expect("read"))
+    }
+
+    fn blocks_of(n_bytes: u64) -> BlockSizes {
+        BlockSizes { block_bytes: n_bytes, strip_bytes: n_bytes }
     }
 
     /// Every tensor's values, row-major.
@@ -378,9 +401,9 @@ mod tests {
     #[test]
     fn every_weight_arrives_whatever_the_blocks_and_threads() {
         let (_scratch, folder) = checkpoint();
-        let bytes = written(&folder, 1, BLOCK_BYTES).expect("written");
+        let bytes = written(&folder, 1, BlockSizes::DEFAULT).expect("written");
         for (n_threads, block_bytes) in [(1, 1), (2, 5000), (3, 1000), (20, 13_000)] {
-            let other = written(&folder, n_threads, block_bytes).expect("written");
+            let other = written(&folder, n_threads, blocks_of(block_bytes)).expect("written");
             assert!(bytes == other, "{n_threads} threads, blocks of {block_bytes} bytes");
         }
 
@@ -434,8 +457,8 @@ mod tests {
             let mut bad = good.clone();
             bad[offset..offset + 4].copy_from_slice(&1e9_f32.to_le_bytes());
             std::fs::write(&path, bad).expect("written");
-            for (n_threads, block_bytes) in [(1, BLOCK_BYTES), (3, 3000)] {
-                match written(&folder, n_threads, block_bytes) {
+            for (n_threads, block_sizes) in [(1, BlockSizes::DEFAULT), (3, blocks_of(3000))] {
+                match written(&folder, n_threads, block_sizes) {
                     Err(PrepError::Element { tensor, bad, path: found, .. }) => {
                         assert_eq!((tensor.as_str(), bad.index, found), (name, index as u64, path.clone()));
                         assert!(bad.is_overflow());
@@ -460,7 +483,7 @@ mod tests {
             dtype: DType::F16,
             with_signs: false,
             n_threads: 2,
-            block_bytes: 100,
+            block_sizes: blocks_of(100),
         };
         let progress = Progress::silent();
         progress.interrupt();
