@@ -5,11 +5,13 @@
 //! a [`Graph`] is a recorded run of them. Deliberately absent: any knowledge of a model, any choice of what runs on
 //! which device, and the CUDA toolkit.
 
+mod decode;
 mod device;
 mod error;
 mod launch;
 mod memory;
 
+pub use decode::{DecodeCall, DecodeLayer, DecodeScratch};
 pub use device::{Device, DeviceInfo, Event, Graph, list_devices};
 pub use error::CudaError;
 pub use launch::{
