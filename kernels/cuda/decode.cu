@@ -33,10 +33,17 @@ constexpr int ITEM_LOADS = 8;
 constexpr int ROWS_IN_FLIGHT = 4;
 constexpr int DOWN_LANES = 16;
 constexpr int DOWN_IN_FLIGHT = 20;
-constexpr int DOWN_QUEUE = 2 * DOWN_IN_FLIGHT + WARP;
+constexpr int DOWN_ROUND = 2 * DOWN_IN_FLIGHT;
+constexpr int DOWN_QUEUE = DOWN_ROUND + WARP;
 constexpr int H_IN_FLIGHT = 12;
 constexpr int KV_IN_FLIGHT = 8;
 constexpr int KV_DIMS = 8;
+// Four columns for each thread at a time: vectors of at most 8192.
+constexpr int VEC_LOADS = 8;
+// Rows of sign words that a warp counts side by side.
+constexpr int SIGN_ROWS = 8;
+constexpr int MERGE_COLS = 4;
+constexpr int MERGE_SPLITS = 4;
 constexpr int SPLIT_POSITIONS = 128;
 constexpr int LAYERS_MAX = 128;
 
@@ -333,40 +340,30 @@ struct Decoder {
         }
     };
 
-    // vector (n_cols,) in shared memory, times scale * norm where there is a norm.
-    __device__ __forceinline__ Segment segment_of(
-        const ItemCut& cut, const float* vector, const float* norm, float scale
-    ) const {
+    // This warp's segment of vec.
+    __device__ __forceinline__ Segment segment_of(const ItemCut& cut) const {
         Segment s;
         s.n_granules = segment_granules(cut);
-        const int first = (warp_id() & (cut.n_segs - 1)) * cut.granules;
+        const float* from = vec() + (warp_id() & (cut.n_segs - 1)) * cut.granules * PER_LOAD<T>;
 #pragma unroll
         for (int k = 0; k < ITEM_LOADS; k++) {
             const int granule = lane_id() + k * WARP;
 #pragma unroll
-            for (int j = 0; j < PER_LOAD<T>; j++) {
-                s.x[k][j] = 0.0f;
-            }
-            if (granule < s.n_granules) {
-                const int col = (first + granule) * PER_LOAD<T>;
-#pragma unroll
-                for (int j = 0; j < PER_LOAD<T>; j += 4) {
-                    float4 v = *reinterpret_cast<const float4*>(vector + col + j);
-                    if (norm != nullptr) {
-                        const float4 n = __ldg(reinterpret_cast<const float4*>(norm + col + j));
-                        v = make_float4(v.x * scale * n.x, v.y * scale * n.y, v.z * scale * n.z, v.w * scale * n.w);
-                    }
-                    s.x[k][j] = v.x;
-                    s.x[k][j + 1] = v.y;
-                    s.x[k][j + 2] = v.z;
-                    s.x[k][j + 3] = v.w;
+            for (int j = 0; j < PER_LOAD<T>; j += 4) {
+                float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                if (granule < s.n_granules) {
+                    v = *reinterpret_cast<const float4*>(from + granule * PER_LOAD<T> + j);
                 }
+                s.x[k][j] = v.x;
+                s.x[k][j + 1] = v.y;
+                s.x[k][j + 2] = v.z;
+                s.x[k][j + 3] = v.w;
             }
         }
         return s;
     }
 
-    // tile()[(i - first) * n_segs + seg] = segment seg of row i, for the rows first..end of a phase, out of the ring.
+    // tile[(i - first) * n_segs + seg] = segment seg of row i, for the rows first..end of a phase, out of the ring.
     __device__ __forceinline__ void ring_rows(const ItemCut& cut, const Segment& s, int first, int end) {
         const int seg = (warp_id() & (cut.n_segs - 1));
         const int n_groups = (DECODE_WARPS >> cut.seg_bits);
@@ -431,6 +428,7 @@ struct Decoder {
 
     __device__ __forceinline__ float tile_row(const ItemCut& cut, int i) const {
         float total = 0.0f;
+#pragma unroll 1
         for (int seg = 0; seg < cut.n_segs; seg++) {
             total += tile()[i * cut.n_segs + seg];
         }
@@ -470,46 +468,88 @@ struct Decoder {
         }
     }
 
-    // 1 / sqrt(mean square + eps) of a vector of which each thread has added up its part.
-    __device__ __forceinline__ float norm_scale(float square) const {
-        return rsqrtf(block_sum(square, scratch()) / a.cut_d.n_cols + a.eps);
-    }
-
     static __device__ __forceinline__ float4 add(float4 v, float4 w) {
         return make_float4(v.x + w.x, v.y + w.y, v.z + w.z, v.w + w.w);
     }
 
-    static __device__ __forceinline__ float square_of(float4 v) {
-        return (v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w);
+    static __device__ __forceinline__ float4 scaled(float4 v, float f) {
+        return make_float4(v.x * f, v.y * f, v.z * f, v.w * f);
     }
 
-    // residual = what the layers before have left; its norm's scale. Ends past a barrier of the block.
-    __device__ __forceinline__ float load_residual(int layer, uint32_t token) {
+    // vec = rmsnorm(x) for x = the embedding of token, or x_out and the first n_parts parts of the down projection; x
+    // itself goes to the residual with keep, the signs of vec to x_signs. Ends past a barrier of the block.
+    __device__ __forceinline__ void normalise(const float* norm, bool embed, uint32_t token, int n_parts, bool keep) {
         const int d = a.cut_d.n_cols;
+        float4 x[VEC_LOADS];
+        float4 weight[VEC_LOADS];
         float square = 0.0f;
-#pragma unroll 2
-        for (int col = threadIdx.x * 4; col < d; col += DECODE_THREADS * 4) {
-            float4 v;
-            if (layer == 0) {
-                const T* row = static_cast<const T*>(a.embedding) + static_cast<int64_t>(token) * d + col;
-                v = make_float4(to_f32(row[0]), to_f32(row[1]), to_f32(row[2]), to_f32(row[3]));
-            } else {
-                v = __ldcg(reinterpret_cast<const float4*>(a.x_out + col));
-#pragma unroll 4
-                for (int chunk = 0; chunk < a.n_chunks; chunk++) {
-                    const float* parts = a.down_parts + static_cast<int64_t>(chunk) * d + col;
-                    v = add(v, __ldcg(reinterpret_cast<const float4*>(parts)));
+#pragma unroll
+        for (int k = 0; k < VEC_LOADS; k++) {
+            const int col = (threadIdx.x + k * DECODE_THREADS) * 4;
+            x[k] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            weight[k] = x[k];
+            if (col < d) {
+                weight[k] = __ldg(reinterpret_cast<const float4*>(norm + col));
+                if (embed) {
+                    const T* row = static_cast<const T*>(a.embedding) + static_cast<int64_t>(token) * d + col;
+                    x[k] = make_float4(to_f32(row[0]), to_f32(row[1]), to_f32(row[2]), to_f32(row[3]));
+                } else {
+                    x[k] = __ldcg(reinterpret_cast<const float4*>(a.x_out + col));
                 }
             }
-            *reinterpret_cast<float4*>(residual() + col) = v;
-            square += square_of(v);
         }
-        return norm_scale(square);
+#pragma unroll 1
+        for (int part = 0; part < n_parts; part += 2) {
+            float4 parts[2][VEC_LOADS];
+#pragma unroll
+            for (int k = 0; k < 2 * VEC_LOADS; k++) {
+                const int col = (threadIdx.x + k / 2 * DECODE_THREADS) * 4;
+                parts[k % 2][k / 2] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                if (col < d && part + k % 2 < n_parts) {
+                    const float* from = a.down_parts + static_cast<int64_t>(part + k % 2) * d + col;
+                    parts[k % 2][k / 2] = __ldcg(reinterpret_cast<const float4*>(from));
+                }
+            }
+#pragma unroll
+            for (int k = 0; k < VEC_LOADS; k++) {
+                x[k] = add(add(x[k], parts[0][k]), parts[1][k]);
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < VEC_LOADS; k++) {
+            square += (x[k].x * x[k].x + x[k].y * x[k].y) + (x[k].z * x[k].z + x[k].w * x[k].w);
+        }
+        const float scale = rsqrtf(block_sum(square, scratch()) / d + a.eps);
+#pragma unroll
+        for (int k = 0; k < VEC_LOADS; k++) {
+            const int col = (threadIdx.x + k * DECODE_THREADS) * 4;
+            const float4 n = make_float4(
+                x[k].x * scale * weight[k].x, x[k].y * scale * weight[k].y, x[k].z * scale * weight[k].z,
+                x[k].w * scale * weight[k].w
+            );
+            // Eight lanes hold the 32 columns of a word.
+            const uint32_t bits = (n.x < 0.0f) | (n.y < 0.0f) << 1 | (n.z < 0.0f) << 2 | (n.w < 0.0f) << 3;
+            uint32_t word = bits << lane_id() % 8 * 4;
+            word |= __shfl_xor_sync(0xffffffffu, word, 1);
+            word |= __shfl_xor_sync(0xffffffffu, word, 2);
+            word |= __shfl_xor_sync(0xffffffffu, word, 4);
+            if (col < d) {
+                *reinterpret_cast<float4*>(vec() + col) = n;
+                if (keep) {
+                    *reinterpret_cast<float4*>(residual() + col) = x[k];
+                }
+                if (lane_id() % 8 == 0) {
+                    x_signs()[col / WARP] = word;
+                }
+            }
+        }
+        __syncthreads();
     }
 
     // Rows first..end of the queries, keys and values, in the tile: rotated, to q and to the cache.
     __device__ __forceinline__ void store_qkv(const DecodeLayer& w, int position, int first, int end) {
         const int half = a.head_dim / 2;
+#pragma unroll 1
         for (int i = threadIdx.x; i < (end - first) / 2; i += DECODE_THREADS) {
             const int pair = share(QKV).begin + first / 2 + i;
             int head = head_of(pair);
@@ -549,35 +589,31 @@ struct Decoder {
         uint4 values[KV_IN_FLIGHT][KV_LOADS];
     };
 
-    __device__ __forceinline__ static void clear(Positions& p) {
+    // Loads those of the positions from first on, in steps of a round of the block, that lie before end; zeros else.
+    __device__ __forceinline__ void load_positions(
+        const DecodeLayer& w, int kv_head, int first, int end, Positions& p
+    ) const {
+        const int at_once = WARP / a.head_lanes;
+        const int dim = lane_id() % a.head_lanes * KV_DIMS;
+        int position = dim < a.head_dim ? first + warp_id() * at_once + lane_id() / a.head_lanes : end;
+        const int64_t at = (static_cast<int64_t>(kv_head) * a.n_positions_max + position) * a.head_dim + dim;
+        const CacheType* keys = static_cast<const CacheType*>(w.keys) + at;
+        const CacheType* values = static_cast<const CacheType*>(w.values) + at;
+        const int step = DECODE_WARPS * at_once;
 #pragma unroll
         for (int j = 0; j < KV_IN_FLIGHT; j++) {
 #pragma unroll
             for (int i = 0; i < KV_LOADS; i++) {
                 p.keys[j][i] = make_uint4(0, 0, 0, 0);
                 p.values[j][i] = make_uint4(0, 0, 0, 0);
-            }
-        }
-    }
-
-    // Loads those of the positions from first on, in steps of a round of the block, that lie in [from, to).
-    __device__ __forceinline__ void load_positions(
-        const DecodeLayer& w, int kv_head, int first, int from, int to, Positions& p
-    ) const {
-        const int at_once = WARP / a.head_lanes;
-        const int dim = lane_id() % a.head_lanes * KV_DIMS;
-#pragma unroll
-        for (int j = 0; j < KV_IN_FLIGHT; j++) {
-            const int position = first + (j * DECODE_WARPS + warp_id()) * at_once + lane_id() / a.head_lanes;
-            if (position >= from && position < to && dim < a.head_dim) {
-                const int64_t at = (static_cast<int64_t>(kv_head) * a.n_positions_max + position) * a.head_dim + dim;
-#pragma unroll
-                for (int i = 0; i < KV_LOADS; i++) {
-                    p.keys[j][i] = __ldcg(reinterpret_cast<const uint4*>(static_cast<CacheType*>(w.keys) + at) + i);
-                    p.values[j][i] =
-                        __ldcg(reinterpret_cast<const uint4*>(static_cast<CacheType*>(w.values) + at) + i);
+                if (position < end) {
+                    p.keys[j][i] = __ldcg(reinterpret_cast<const uint4*>(keys) + i);
+                    p.values[j][i] = __ldcg(reinterpret_cast<const uint4*>(values) + i);
                 }
             }
+            position += step;
+            keys += step * a.head_dim;
+            values += step * a.head_dim;
         }
     }
 
@@ -606,35 +642,42 @@ struct Decoder {
             const int split = task - kv_head * splits;
             const int begin = works ? split * chunk : 0;
             const int end = works ? min(begin + chunk, n_positions) : 0;
-            Positions p;
-            clear(p);
-            if (!waited) {
-                load_positions(w, kv_head, begin, begin, min(end, position), p);
-                wait();
-                waited = true;
-                load_positions(w, kv_head, begin, max(begin, position), end, p);
-            } else {
-                load_positions(w, kv_head, begin, begin, end, p);
-            }
             if (!works) {
+                wait();
                 return;
             }
 #pragma unroll 1
             for (int head = kv_head * group; head < (kv_head + 1) * group; head++) {
-                float q[KV_DIMS];
-#pragma unroll
-                for (int i = 0; i < KV_DIMS; i++) {
-                    q[i] = dim + i < a.head_dim ? __ldcg(a.q + head * a.head_dim + dim + i) * a.scale : 0.0f;
-                }
+                float q[KV_DIMS] = {};
+                bool has_q = false;
                 float sums[KV_DIMS] = {};
                 float maximum = -INFINITY;
                 float total = 0.0f;
 #pragma unroll 1
                 for (int first = begin; first < end; first += round) {
-                    if (first > begin || head > kv_head * group) {
-                        clear(p);
-                        load_positions(w, kv_head, first, begin, end, p);
+                    Positions p;
+                    load_positions(w, kv_head, first, waited ? end : min(end, position), p);
+                    if (!waited) {
+                        wait();
+                        waited = true;
+                        if (end > position && first + round > position) {
+                            // The token's own key and value have come meanwhile.
+                            first -= round;
+                            continue;
+                        }
                     }
+                    if (!has_q && dim < a.head_dim) {
+#pragma unroll
+                        for (int i = 0; i < KV_DIMS; i += 4) {
+                            const float* from = a.q + head * a.head_dim + dim + i;
+                            const float4 v = scaled(__ldcg(reinterpret_cast<const float4*>(from)), a.scale);
+                            q[i] = v.x;
+                            q[i + 1] = v.y;
+                            q[i + 2] = v.z;
+                            q[i + 3] = v.w;
+                        }
+                    }
+                    has_q = true;
                     float scores[KV_IN_FLIGHT];
 #pragma unroll
                     for (int j = 0; j < KV_IN_FLIGHT; j++) {
@@ -647,9 +690,6 @@ struct Decoder {
                             for (int e = 0; e < PER_LOAD<CacheType>; e++) {
                                 scores[j] = fmaf(q[i * PER_LOAD<CacheType> + e], k[e], scores[j]);
                             }
-                        }
-                        if (dim >= a.head_dim) {
-                            scores[j] = 0.0f;
                         }
                     }
                     for (int offset = lanes / 2; offset > 0; offset /= 2) {
@@ -750,116 +790,122 @@ struct Decoder {
     // vec = the chunks of attention, merged. Ends past a barrier of the block.
     __device__ __forceinline__ void merge_attention(int position) {
         const int splits = n_splits(position + 1);
-#pragma unroll 2
-        for (int i = threadIdx.x * 4; i < a.cut_q.n_cols; i += DECODE_THREADS * 4) {
-            const int head = __float2int_rd((static_cast<float>(i) + 0.5f) * 0.5f * a.heads_per_pair);
-            const int d = i - head * a.head_dim;
-            const int64_t first = static_cast<int64_t>(head) * a.n_splits_max;
-            float maximum = -INFINITY;
-            float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            float all = 0.0f;
+        const int n_cols = a.cut_q.n_cols;
 #pragma unroll 1
-            for (int from = 0; from < splits; from += 4) {
-                float2 part[4];
-                float4 value[4];
+        for (int base = threadIdx.x * 4; base < n_cols; base += MERGE_COLS * DECODE_THREADS * 4) {
+            float maximum[MERGE_COLS];
+            float all[MERGE_COLS] = {};
+            float4 sum[MERGE_COLS];
 #pragma unroll
-                for (int s = 0; s < 4; s++) {
-                    const int64_t at = first + min(from + s, splits - 1);
-                    part[s] = __ldcg(reinterpret_cast<const float2*>(a.part_maxima) + at);
-                    value[s] = __ldcg(reinterpret_cast<const float4*>(a.part_sums + at * a.head_dim + d));
+            for (int c = 0; c < MERGE_COLS; c++) {
+                maximum[c] = -INFINITY;
+                sum[c] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            }
+#pragma unroll 1
+            for (int from = 0; from < splits; from += MERGE_SPLITS) {
+                float2 part[MERGE_COLS][MERGE_SPLITS];
+                float4 value[MERGE_COLS][MERGE_SPLITS];
+#pragma unroll
+                for (int c = 0; c < MERGE_COLS; c++) {
+                    const int i = min(base + c * DECODE_THREADS * 4, n_cols - 4);
+                    const int head = __float2int_rd((static_cast<float>(i) + 0.5f) * 0.5f * a.heads_per_pair);
+                    const int d = i - head * a.head_dim;
+#pragma unroll
+                    for (int s = 0; s < MERGE_SPLITS; s++) {
+                        const int at = head * a.n_splits_max + min(from + s, splits - 1);
+                        part[c][s] = __ldcg(reinterpret_cast<const float2*>(a.part_maxima) + at);
+                        value[c][s] = __ldcg(reinterpret_cast<const float4*>(a.part_sums + at * a.head_dim + d));
+                    }
                 }
-                float larger = maximum;
 #pragma unroll
-                for (int s = 0; s < 4; s++) {
-                    larger = fmaxf(larger, part[s].x);
-                }
-                const float factor = rescale(maximum, larger);
-                sum = make_float4(sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor);
-                all *= factor;
-                maximum = larger;
+                for (int c = 0; c < MERGE_COLS; c++) {
+                    float larger = maximum[c];
 #pragma unroll
-                for (int s = 0; s < 4; s++) {
-                    const float f = from + s < splits ? rescale(part[s].x, larger) : 0.0f;
-                    sum = add(sum, make_float4(f * value[s].x, f * value[s].y, f * value[s].z, f * value[s].w));
-                    all = fmaf(f, part[s].y, all);
+                    for (int s = 0; s < MERGE_SPLITS; s++) {
+                        larger = fmaxf(larger, part[c][s].x);
+                    }
+                    const float factor = rescale(maximum[c], larger);
+                    maximum[c] = larger;
+                    all[c] *= factor;
+                    sum[c] = scaled(sum[c], factor);
+#pragma unroll
+                    for (int s = 0; s < MERGE_SPLITS; s++) {
+                        const float f = from + s < splits ? rescale(part[c][s].x, larger) : 0.0f;
+                        sum[c] = add(sum[c], scaled(value[c][s], f));
+                        all[c] = fmaf(f, part[c][s].y, all[c]);
+                    }
                 }
             }
-            const float scale = 1.0f / all;
-            *reinterpret_cast<float4*>(vec() + i) =
-                make_float4(sum.x * scale, sum.y * scale, sum.z * scale, sum.w * scale);
+#pragma unroll
+            for (int c = 0; c < MERGE_COLS; c++) {
+                const int i = base + c * DECODE_THREADS * 4;
+                if (i < n_cols) {
+                    *reinterpret_cast<float4*>(vec() + i) = scaled(sum[c], 1.0f / all[c]);
+                }
+            }
         }
         __syncthreads();
     }
 
-    // Sign disagreements of a row of words with x_signs, on every lane.
-    __device__ __forceinline__ uint32_t row_n_neg(const uint32_t* words, int n) const {
-        uint32_t count = 0;
-        for (int word = lane_id(); word < n; word += WARP) {
-            count += __popc(words[word] ^ x_signs()[word]);
-        }
-        return __reduce_add_sync(0xffffffffu, count);
-    }
-
-    // kept = the block's rows whose signs pass the limit.
+    // kept = the block's rows whose signs pass the limit. A warp counts eight rows side by side; its lanes hold words.
     __device__ __forceinline__ void predict(const DecodeLayer& w, int n, int* n_kept) {
         const int begin = share(MLP).begin;
-        const auto offer = [&](int i, uint32_t n_neg) {
-            const uint32_t limit = w.limits == nullptr ? w.limit : __ldg(w.limits + begin + i);
-            if (lane_id() == 0 && n_neg <= limit) {
-                kept()[atomicAdd(n_kept, 1)] = i;
-            }
-        };
-        const int per_item = sign_rows();
-        if (per_item == 0) {
-            for (int i = warp_id(); i < n; i += DECODE_WARPS) {
-                offer(i, row_n_neg(w.signs + static_cast<int64_t>(begin + i) * n_words(), n_words()));
-            }
-            return;
-        }
+        const bool ringed = a.sign_rows > 0;
+        const int per_item = ringed ? a.sign_rows : SIGN_ROWS;
+        const int words = n_words();
 #pragma unroll 1
         for (int item = warp_id(); item * per_item < n; item += DECODE_WARPS) {
-            const uint32_t* words = reinterpret_cast<const uint32_t*>(arrived());
             const int first = item * per_item;
-            for (int i = first; i < min(first + per_item, n); i++) {
-                offer(i, row_n_neg(words + (i - first) * n_words(), n_words()));
+            const int n_rows = min(per_item, n - first);
+            const uint32_t* rows = ringed ? reinterpret_cast<const uint32_t*>(arrived())
+                                          : w.signs + static_cast<int64_t>(begin + first) * words;
+            uint32_t counts[SIGN_ROWS] = {};
+#pragma unroll 1
+            for (int word = lane_id(); word < words; word += WARP) {
+                const uint32_t x = x_signs()[word];
+#pragma unroll
+                for (int r = 0; r < SIGN_ROWS; r++) {
+                    counts[r] += __popc(rows[min(r, n_rows - 1) * words + word] ^ x);
+                }
             }
-            __syncwarp();
-            ask();
+            uint32_t mine = 0;
+#pragma unroll
+            for (int r = 0; r < SIGN_ROWS; r++) {
+                const uint32_t count = __reduce_add_sync(0xffffffffu, counts[r]);
+                mine = lane_id() == r ? count : mine;
+            }
+            const int row = first + lane_id();
+            bool keep = lane_id() < n_rows;
+            if (keep) {
+                keep = mine <= (w.limits == nullptr ? w.limit : __ldg(w.limits + begin + row));
+            }
+            const uint32_t found = __ballot_sync(0xffffffffu, keep);
+            int at = 0;
+            if (lane_id() == 0) {
+                at = atomicAdd(n_kept, __popc(found));
+            }
+            at = __shfl_sync(0xffffffffu, at, 0);
+            if (keep) {
+                kept()[at + __popc(found & ((1u << lane_id()) - 1))] = row;
+            }
+            if (ringed) {
+                __syncwarp();
+                ask();
+            }
         }
     }
 
-    // vec = x_out, lists of rows empty, and for the predictor the signs of the normalised vector; the norm's scale. Ends
-    // past a barrier of the block.
-    __device__ __forceinline__ float load_mlp_input(const DecodeLayer& w, int* n_kept, int* n_active) {
-        const int d = a.cut_d.n_cols;
+    // Empties the lists of rows; needs a barrier of the block.
+    __device__ __forceinline__ void clear_lists(const DecodeLayer& w, int* n_kept, int* n_active) {
         const int n = share(MLP).count;
-        float square = 0.0f;
-#pragma unroll 4
-        for (int col = threadIdx.x * 4; col < d; col += DECODE_THREADS * 4) {
-            const float4 v = __ldcg(reinterpret_cast<const float4*>(a.x_out + col));
-            *reinterpret_cast<float4*>(vec() + col) = v;
-            square += square_of(v);
-        }
-        const float scale = norm_scale(square);
-        if (w.rows == PREDICTED) {
-#pragma unroll 4
-            for (int col = threadIdx.x; col < n_words() * WARP; col += DECODE_THREADS) {
-                const bool negative = col < d && vec()[col] * scale * __ldg(w.mlp_norm + col) < 0.0f;
-                const uint32_t word = __ballot_sync(0xffffffffu, negative);
-                if (lane_id() == 0) {
-                    x_signs()[col / WARP] = word;
-                }
-            }
-        }
         if (threadIdx.x == 0) {
             *n_kept = w.rows == PREDICTED ? 0 : n;
             *n_active = 0;
         }
+#pragma unroll 1
         for (int i = threadIdx.x; i < n; i += DECODE_THREADS) {
             h_rows()[i] = 0.0f;
         }
-        __syncthreads();
-        return scale;
     }
 
     // The gate of row i, row in_tile of the tile. A row becomes active in any order: that changes which warp multiplies
@@ -875,6 +921,7 @@ struct Decoder {
     // Rows first..end of the gate, or of gate and up in turn, in the tile.
     __device__ __forceinline__ void store_gates(const DecodeLayer& w, int first, int end, int* n_active) {
         if (w.rows == ALL) {
+#pragma unroll 1
             for (int i = threadIdx.x; i < (end - first) / 2; i += DECODE_THREADS) {
                 const float gate = activate(a.activation, a.threshold, tile_row(a.cut_d, 2 * i));
                 h_rows()[first / 2 + i] = gate * tile_row(a.cut_d, 2 * i + 1);
@@ -883,6 +930,7 @@ struct Decoder {
                 }
             }
         } else {
+#pragma unroll 1
             for (int i = threadIdx.x; i < end - first; i += DECODE_THREADS) {
                 activate_row(first + i, i, n_active);
             }
@@ -909,6 +957,7 @@ struct Decoder {
                     return matrix + static_cast<int64_t>(begin + list[first + i]) * a.cut_d.n_cols;
                 });
                 __syncthreads();
+#pragma unroll 1
                 for (int i = threadIdx.x; i < end - first; i += DECODE_THREADS) {
                     if (pass == 0) {
                         activate_row(list[first + i], i, n_active);
@@ -919,6 +968,7 @@ struct Decoder {
                 __syncthreads();
             }
         }
+#pragma unroll 1
         for (int i = threadIdx.x; i < n; i += DECODE_THREADS) {
             __stcg(a.h + begin + i, h_rows()[i]);
         }
@@ -942,55 +992,38 @@ struct Decoder {
         for (int task = blockIdx.x; task < n_col_chunks * a.n_chunks; task += gridDim.x) {
             const int chunk = task / n_col_chunks;
             const int col = (task - chunk * n_col_chunks) * COLS + lane_id() % DOWN_LANES * PER_LOAD<T>;
+            const T* weights = static_cast<const T*>(w.w_down_t) + col;
             const int chunk_begin = share_begin(a.n_rows, chunk, a.n_chunks);
             const int chunk_rows = share_begin(a.n_rows, chunk + 1, a.n_chunks) - chunk_begin;
             const int begin = chunk_begin + share_begin(chunk_rows, warp_id(), DECODE_WARPS);
             const int end = chunk_begin + share_begin(chunk_rows, warp_id() + 1, DECODE_WARPS);
             float sums[PER_LOAD<T>] = {};
             int n_queued = 0;
-            // Adds the first rows of the queue, two at a time side by side.
-            const auto add_queued = [&](int n) {
-                uint4 raw[DOWN_IN_FLIGHT];
+            // h of the rows from base on, a row for each lane; those that follow are in flight.
+            float h[H_IN_FLIGHT] = {};
+            int base = begin;
+            int n_loaded = 0;
+#pragma unroll 1
+            while (true) {
+                // The queue takes rows until it holds a round, or there are none left.
+#pragma unroll 1
+                while (n_queued < DOWN_ROUND && base < end) {
+                    if (n_loaded == 0) {
 #pragma unroll
-                for (int k = 0; k < DOWN_IN_FLIGHT; k++) {
-                    const int at = 2 * k + half;
-                    raw[k] = make_uint4(0, 0, 0, 0);
-                    if (at < n && col < d) {
-                        raw[k] = load_weights(
-                            static_cast<const T*>(w.w_down_t) + static_cast<int64_t>(queue_rows[at]) * d + col
-                        );
-                    }
-                }
-#pragma unroll
-                for (int k = 0; k < DOWN_IN_FLIGHT; k++) {
-                    const int at = 2 * k + half;
-                    if (at < n) {
-                        float v[PER_LOAD<T>];
-                        unpack<T>(raw[k], v);
-                        const float h = queue_h[at];
-#pragma unroll
-                        for (int j = 0; j < PER_LOAD<T>; j++) {
-                            sums[j] = fmaf(h, v[j], sums[j]);
+                        for (int k = 0; k < H_IN_FLIGHT; k++) {
+                            const int row = base + k * WARP + lane_id();
+                            h[k] = row < end ? __ldcg(a.h + row) : 0.0f;
                         }
+                        n_loaded = H_IN_FLIGHT;
                     }
-                }
-            };
-#pragma unroll 1
-            for (int base = begin; base < end; base += H_IN_FLIGHT * WARP) {
-                float h[H_IN_FLIGHT];
-#pragma unroll
-                for (int k = 0; k < H_IN_FLIGHT; k++) {
-                    const int row = base + k * WARP + lane_id();
-                    h[k] = row < end ? __ldcg(a.h + row) : 0.0f;
-                }
-#pragma unroll 1
-                for (int k = 0; k < H_IN_FLIGHT && base + k * WARP < end; k++) {
-                    const int row = base + k * WARP + lane_id();
+                    const int row = base + lane_id();
                     const float value = h[0];
 #pragma unroll
-                    for (int next = 1; next < H_IN_FLIGHT; next++) {
-                        h[next - 1] = h[next];
+                    for (int k = 1; k < H_IN_FLIGHT; k++) {
+                        h[k - 1] = h[k];
                     }
+                    n_loaded--;
+                    base += WARP;
                     const bool counts = row < end && (w.rows == ALL || value != 0.0f);
                     const uint32_t found = __ballot_sync(0xffffffffu, counts);
                     if (counts) {
@@ -999,20 +1032,47 @@ struct Decoder {
                         queue_h[at] = value;
                     }
                     n_queued += __popc(found);
-                    __syncwarp();
-                    if (n_queued >= 2 * DOWN_IN_FLIGHT) {
-                        add_queued(2 * DOWN_IN_FLIGHT);
-                        n_queued -= 2 * DOWN_IN_FLIGHT;
-                        __syncwarp();
-                        if (lane_id() < n_queued) {
-                            queue_rows[lane_id()] = queue_rows[2 * DOWN_IN_FLIGHT + lane_id()];
-                            queue_h[lane_id()] = queue_h[2 * DOWN_IN_FLIGHT + lane_id()];
-                        }
-                        __syncwarp();
+                }
+                __syncwarp();
+                if (n_queued == 0) {
+                    break;
+                }
+                // A round of the queue's rows, two at a time side by side.
+                uint4 raw[DOWN_IN_FLIGHT];
+#pragma unroll
+                for (int k = 0; k < DOWN_IN_FLIGHT; k++) {
+                    const int at = 2 * k + half;
+                    raw[k] = make_uint4(0, 0, 0, 0);
+                    if (at < n_queued && col < d) {
+                        raw[k] = load_weights(weights + static_cast<int64_t>(queue_rows[at]) * d);
                     }
                 }
+#pragma unroll
+                for (int k = 0; k < DOWN_IN_FLIGHT; k++) {
+                    const int at = 2 * k + half;
+                    const float value = at < n_queued ? queue_h[at] : 0.0f;
+                    float v[PER_LOAD<T>];
+                    unpack<T>(raw[k], v);
+#pragma unroll
+                    for (int j = 0; j < PER_LOAD<T>; j++) {
+                        sums[j] = fmaf(value, v[j], sums[j]);
+                    }
+                }
+                __syncwarp();
+                // What is left, less than a warp of rows, moves up.
+                n_queued = max(0, n_queued - DOWN_ROUND);
+                int left_row = 0;
+                float left_h = 0.0f;
+                if (lane_id() < n_queued) {
+                    left_row = queue_rows[DOWN_ROUND + lane_id()];
+                    left_h = queue_h[DOWN_ROUND + lane_id()];
+                }
+                __syncwarp();
+                if (lane_id() < n_queued) {
+                    queue_rows[lane_id()] = left_row;
+                    queue_h[lane_id()] = left_h;
+                }
             }
-            add_queued(n_queued);
 #pragma unroll
             for (int j = 0; j < PER_LOAD<T>; j++) {
                 sums[j] += __shfl_xor_sync(0xffffffffu, sums[j], DOWN_LANES);
@@ -1021,6 +1081,7 @@ struct Decoder {
                 }
             }
             __syncthreads();
+#pragma unroll 1
             for (int c = threadIdx.x; c < COLS; c += DECODE_THREADS) {
                 const int out = (task - chunk * n_col_chunks) * COLS + c;
                 float sum = 0.0f;
@@ -1112,23 +1173,20 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
     while (true) {
         const DecodeLayer& w = a.layers[min(layer, a.n_layers - 1)];
         const ItemCut& cut = phase == OUT ? a.cut_q : a.cut_d;
-        const float* vector = m.vec();
-        const float* norm = nullptr;
-        float scale = 1.0f;
         if (phase == OUT) {
             m.attention(layer, position);
             m.arrive();
             m.wait();
             m.merge_attention(position);
-        } else if (phase == MLP) {
-            norm = w.mlp_norm;
-            scale = m.load_mlp_input(w, &n_kept, &n_active);
         } else {
-            vector = m.residual();
-            norm = phase == QKV ? w.attn_norm : a.final_norm;
-            scale = m.load_residual(layer, token);
+            const float* norm = phase == QKV ? w.attn_norm : phase == MLP ? w.mlp_norm : a.final_norm;
+            if (phase == MLP) {
+                m.clear_lists(w, &n_kept, &n_active);
+            }
+            const int n_parts = phase == MLP || layer == 0 ? 0 : a.n_chunks;
+            m.normalise(norm, layer == 0 && phase == QKV, token, n_parts, phase == QKV);
         }
-        const typename Decoder<T>::Segment s = m.segment_of(cut, vector, norm, scale);
+        const typename Decoder<T>::Segment s = m.segment_of(cut);
         const bool predicted = phase == MLP && w.rows == PREDICTED;
         if (predicted) {
             m.predict(w, m.share(MLP).count, &n_kept);
@@ -1147,6 +1205,7 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
                 m.store_gates(w, first, end, &n_active);
             } else {
                 const int begin = m.share(phase).begin + first;
+#pragma unroll 1
                 for (int i = threadIdx.x; i < end - first; i += DECODE_THREADS) {
                     const float sum = m.tile_row(cut, i);
                     if (phase == OUT) {

@@ -9,8 +9,12 @@ const WARPS: usize = 8;
 const WARP: usize = 32;
 /// Most 16-byte pieces of a segment: `ITEM_LOADS` for each lane.
 const GRANULES_MAX: usize = 8 * WARP;
+/// Widest residual stream: `VEC_LOADS` times four columns for each thread.
+const D_MAX: usize = 8 * 4 * WARPS * WARP;
 const LAYERS_MAX: usize = 128;
 const SLOTS_MAX: usize = 12;
+/// Most rows of sign words that a warp counts side by side.
+const SIGN_ROWS_MAX: usize = 8;
 /// Partial sums of one tile.
 const TILE_FLOATS: usize = 1024;
 /// Lanes beside each other in the down projection, and rows queued for a warp.
@@ -114,6 +118,8 @@ struct Plan {
     n_chunks: usize,
     slot_bytes: usize,
     n_slots: usize,
+    /// Rows of sign words in an item of the ring; 0 where they do not divide into 16 bytes.
+    sign_rows: usize,
     vec_floats: usize,
     list_rows: usize,
     n_blocks: usize,
@@ -219,8 +225,7 @@ impl Plan {
     fn new(device: &Device, shape: &AttentionShape, d: usize, f: usize, element_bytes: usize) -> Option<Self> {
         let cut_d = ItemCut::new(d, element_bytes)?;
         let cut_q = ItemCut::new(shape.n_heads * shape.head_dim, element_bytes)?;
-        let cache_per_load = 16 / element_bytes;
-        if !shape.head_dim.is_multiple_of(cache_per_load.max(8)) || shape.head_dim > 8 * WARP {
+        if !shape.head_dim.is_multiple_of(8) || shape.head_dim > 8 * WARP || d > D_MAX {
             return None;
         }
         let head_lanes = (shape.head_dim / 8).next_power_of_two();
@@ -235,6 +240,15 @@ impl Plan {
         let vec_floats = vec_floats.into_iter().max()?.next_multiple_of(4);
         let list_rows = f.div_ceil(n_blocks).next_multiple_of(4);
         let slot_bytes = cut_d.granules.max(cut_q.granules) as usize * 16;
+        let row_bytes = d.div_ceil(WARP) * 4;
+        let sign_rows = if row_bytes.is_multiple_of(16) {
+            // As few rounds as the ring allows, dealt evenly to the warps.
+            let each = f.div_ceil(n_blocks).div_ceil(WARPS);
+            let n_rounds = each.div_ceil((slot_bytes / row_bytes).clamp(1, SIGN_ROWS_MAX));
+            each.div_ceil(n_rounds).min(slot_bytes / row_bytes)
+        } else {
+            0
+        };
         let fixed_floats = d + vec_floats + TILE_FLOATS + 3 * list_rows + d.div_ceil(WARP).next_multiple_of(4);
         let fixed_bytes = fixed_floats * size_of::<f32>();
         let ring_bytes = device.shared_bytes_max().checked_sub(STATIC_BYTES + fixed_bytes)?;
@@ -250,6 +264,7 @@ impl Plan {
             n_chunks: (n_blocks / d.div_ceil(down_cols)).clamp(1, CHUNKS_MAX),
             slot_bytes,
             n_slots,
+            sign_rows,
             vec_floats,
             list_rows,
             n_blocks,
@@ -353,7 +368,6 @@ impl Device {
                 rows,
             };
         }
-        let n_words = d.div_ceil(WARP);
         let n_angles = call.shape.n_positions_max * shape.head_dim / 2;
         let (activation, threshold) = super::launch::activation_args(call.activation);
         let scratch = call.scratch;
@@ -399,7 +413,7 @@ impl Device {
             eps: call.eps,
             scale: std::f32::consts::LOG2_E / (shape.head_dim as f32).sqrt(),
             heads_per_pair: 2.0 / shape.head_dim as f32,
-            sign_rows: if n_words.is_multiple_of(4) { (plan.slot_bytes / (4 * n_words)) as i32 } else { 0 },
+            sign_rows: plan.sign_rows as i32,
             layers,
         };
         let kernel = format!("decode_{}", dtype.suffix());
