@@ -6,13 +6,21 @@
 #![forbid(unsafe_code)]
 
 pub mod calibration;
+mod checksum;
 pub mod dtype;
 pub mod error;
+mod field;
+#[cfg(test)]
+mod format_text;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod header;
 pub mod metadata;
+mod partial;
 pub mod reader;
 pub mod section;
 pub mod signs;
+mod table;
 pub mod writer;
 
 pub use calibration::{CalibrationCurve, CurvePoint, PredictorKind, PredictorRecord};

@@ -1,6 +1,7 @@
-//! The section table: what each extent of the file is, where it lies and what it must hash to.
+//! What each extent of the file holds: kinds with their names, shapes and types.
 
-use crate::DType;
+use crate::calibration::RECORD_LEN;
+use crate::{DType, ModelConfig, signs};
 
 /// What a section holds. Codes are part of the format and never reused.
 ///
@@ -47,6 +48,125 @@ pub enum SectionKind {
     Provenance = 81,
 }
 
+impl SectionKind {
+    /// Every kind, by code.
+    pub const ALL: [Self; 18] = [
+        Self::Embedding,
+        Self::FinalNorm,
+        Self::LmHead,
+        Self::AttnNorm,
+        Self::WQ,
+        Self::WK,
+        Self::WV,
+        Self::WO,
+        Self::MlpNorm,
+        Self::GateSigns,
+        Self::WGate,
+        Self::WUp,
+        Self::WDownT,
+        Self::GateLimits,
+        Self::Predictors,
+        Self::CalibrationCurves,
+        Self::Tokenizer,
+        Self::Provenance,
+    ];
+
+    /// Lower-case name, as in messages and `prep inspect`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Embedding => "embedding",
+            Self::FinalNorm => "final_norm",
+            Self::LmHead => "lm_head",
+            Self::AttnNorm => "attn_norm",
+            Self::WQ => "w_q",
+            Self::WK => "w_k",
+            Self::WV => "w_v",
+            Self::WO => "w_o",
+            Self::MlpNorm => "mlp_norm",
+            Self::GateSigns => "gate_signs",
+            Self::WGate => "w_gate",
+            Self::WUp => "w_up",
+            Self::WDownT => "w_down_t",
+            Self::GateLimits => "gate_limits",
+            Self::Predictors => "predictors",
+            Self::CalibrationCurves => "calibration_curves",
+            Self::Tokenizer => "tokenizer",
+            Self::Provenance => "provenance",
+        }
+    }
+
+    /// The code in the file.
+    pub fn code(self) -> u32 {
+        self as u32
+    }
+
+    /// The kind of a code.
+    pub fn from_code(code: u32) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.code() == code)
+    }
+
+    /// True for the kinds that every layer has of its own.
+    pub fn is_per_layer(self) -> bool {
+        (Self::AttnNorm..=Self::GateLimits).contains(&self)
+    }
+
+    /// True for the kinds that [`crate::Writer::seal`] writes, after the weights.
+    pub(crate) fn is_tail(self) -> bool {
+        self >= Self::Predictors
+    }
+
+    /// The required flag of the kind's sections: false where text can be generated without them.
+    pub fn is_required(self) -> bool {
+        !matches!(self, Self::CalibrationCurves | Self::Provenance)
+    }
+
+    /// How the kind's sections are encoded.
+    pub fn encoding(self) -> Encoding {
+        match self {
+            Self::Tokenizer | Self::Provenance => Encoding::BincodeZstd,
+            _ => Encoding::Raw,
+        }
+    }
+
+    /// Element types that the kind's sections may have.
+    pub fn dtypes(self) -> &'static [DType] {
+        match self {
+            Self::FinalNorm | Self::AttnNorm | Self::MlpNorm | Self::CalibrationCurves => &[DType::F32],
+            Self::GateSigns | Self::GateLimits => &[DType::U32],
+            Self::Predictors | Self::Tokenizer | Self::Provenance => &[DType::U8],
+            Self::Embedding
+            | Self::LmHead
+            | Self::WQ
+            | Self::WK
+            | Self::WV
+            | Self::WO
+            | Self::WGate
+            | Self::WUp
+            | Self::WDownT => &[DType::F32, DType::F16, DType::Bf16],
+        }
+    }
+
+    /// The shape that a model's dimensions imply; `None` for kinds whose length is their own.
+    pub fn expected_shape(self, config: &ModelConfig) -> Option<Shape> {
+        let d = u64::from(config.hidden_size);
+        let f = u64::from(config.intermediate_size);
+        let vocab_size = u64::from(config.vocab_size);
+        let dims: &[u64] = match self {
+            Self::Embedding | Self::LmHead => &[vocab_size, d],
+            Self::FinalNorm | Self::AttnNorm | Self::MlpNorm => &[d],
+            Self::WQ => &[config.q_size(), d],
+            Self::WK | Self::WV => &[config.kv_size(), d],
+            Self::WO => &[d, config.q_size()],
+            Self::GateSigns => &[f, u64::from(signs::n_words(config.hidden_size))],
+            Self::WGate | Self::WUp | Self::WDownT => &[f, d],
+            Self::GateLimits => &[f],
+            Self::Predictors => &[u64::from(config.num_hidden_layers), RECORD_LEN as u64],
+            Self::CalibrationCurves | Self::Tokenizer | Self::Provenance => return None,
+        };
+        Some(Shape::new(dims))
+    }
+}
+
 /// How the bytes of a section are to be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
@@ -64,6 +184,26 @@ pub struct Shape {
     n_dims: usize,
 }
 
+impl Encoding {
+    /// Lower-case name, as in messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::BincodeZstd => "bincode_zstd",
+        }
+    }
+
+    /// The code in the file.
+    pub fn code(self) -> u32 {
+        self as u32
+    }
+
+    /// The encoding of a code.
+    pub fn from_code(code: u32) -> Option<Self> {
+        [Self::Raw, Self::BincodeZstd].into_iter().find(|encoding| encoding.code() == code)
+    }
+}
+
 impl Shape {
     /// A shape of `dims`.
     ///
@@ -79,6 +219,21 @@ impl Shape {
     /// The dimensions, outermost first.
     pub fn dims(&self) -> &[u64] {
         &self.dims[..self.n_dims]
+    }
+
+    /// Number of elements; `None` beyond 2^64 - 1.
+    pub fn n_elements(&self) -> Option<u64> {
+        self.dims().iter().try_fold(1_u64, |n, &dim| n.checked_mul(dim))
+    }
+
+    /// Bytes of elements of `dtype`; `None` beyond 2^64 - 1 and for the reserved block types.
+    pub fn len_bytes(&self, dtype: DType) -> Option<u64> {
+        self.n_elements()?.checked_mul(dtype.element_bytes()? as u64)
+    }
+
+    /// All four stored dimensions, 0 in the unused ones.
+    pub(crate) fn stored(&self) -> [u64; 4] {
+        self.dims
     }
 }
 
@@ -107,6 +262,9 @@ pub struct Section {
 
 impl Section {
     /// This section's bytes in `file`, which MUST be the bytes that were validated.
+    ///
+    /// # Panics
+    /// If `file` is shorter than those.
     pub fn bytes<'a>(&self, file: &'a [u8]) -> &'a [u8] {
         &file[self.offset_bytes as usize..(self.offset_bytes + self.len_bytes) as usize]
     }

@@ -59,16 +59,18 @@ pub struct TensorName {
 /// Any model that is not a Llama with a known activation and plain RoPE, naming the field.
 pub fn read_config(folder: &Path) -> Result<ModelConfig, PrepError> {
     let path = folder.join(CONFIG_FILE);
-    let bytes = read_small(&path, MAX_CONFIG_BYTES)?;
-    let value: Value = serde_json::from_slice(&bytes).map_err(|error| PrepError::Syntax {
-        path: path.clone(),
-        expected: "JSON",
+    let map = read_object(&path, MAX_CONFIG_BYTES)?;
+    parse(&Fields::top(&path, &map))
+}
+
+/// Reads a file that holds one JSON object.
+pub(crate) fn read_object(path: &Path, max_bytes: u64) -> Result<Map<String, Value>, PrepError> {
+    let bytes = read_small(path, max_bytes)?;
+    serde_json::from_slice(&bytes).map_err(|error| PrepError::Syntax {
+        path: path.to_owned(),
+        expected: "a JSON object",
         found: error.to_string(),
-    })?;
-    let Value::Object(map) = value else {
-        return Err(PrepError::Syntax { path, expected: "a JSON object", found: shorten(&value) });
-    };
-    parse(&Fields { path: &path, parent: "", map: &map })
+    })
 }
 
 /// The tensors of a Llama's checkpoint in the order of the file's sections. lm_head is left out when tied.
@@ -173,11 +175,7 @@ fn parse(fields: &Fields<'_>) -> Result<ModelConfig, PrepError> {
         })? as f32,
         activation: activation(fields)?,
         rope: rope(fields)?,
-        tie_word_embeddings: match fields.get("tie_word_embeddings") {
-            None => false,
-            Some(Value::Bool(tied)) => *tied,
-            Some(_) => return Err(fields.refused("tie_word_embeddings", "true or false", None)),
-        },
+        tie_word_embeddings: fields.flag("tie_word_embeddings")?.unwrap_or(false),
         bos_token_id: match fields.map.get("bos_token_id") {
             None => Some(1),
             Some(Value::Null) => None,
@@ -290,20 +288,25 @@ fn rope(fields: &Fields<'_>) -> Result<Rope, PrepError> {
     Ok(Rope { theta: inner.or(outer).unwrap_or(DEFAULT_ROPE_THETA), scaling })
 }
 
-/// An object of the configuration; null counts as absent.
-struct Fields<'a> {
+/// A JSON object of a file; null counts as absent.
+pub(crate) struct Fields<'a> {
     path: &'a Path,
     /// Name of the object inside the file; empty at the top.
-    parent: &'a str,
+    parent: String,
     map: &'a Map<String, Value>,
 }
 
 impl<'a> Fields<'a> {
-    fn get(&self, name: &str) -> Option<&'a Value> {
+    /// The object that is the whole file.
+    pub(crate) fn top(path: &'a Path, map: &'a Map<String, Value>) -> Self {
+        Self { path, parent: String::new(), map }
+    }
+
+    pub(crate) fn get(&self, name: &str) -> Option<&'a Value> {
         self.map.get(name).filter(|value| !value.is_null())
     }
 
-    fn text(&self, name: &str) -> Result<&'a str, PrepError> {
+    pub(crate) fn text(&self, name: &str) -> Result<&'a str, PrepError> {
         self.get(name).and_then(Value::as_str).ok_or_else(|| self.refused(name, "a string", None))
     }
 
@@ -325,28 +328,63 @@ impl<'a> Fields<'a> {
         }
     }
 
-    fn token_id(&self, name: &str, value: &Value) -> Result<u32, PrepError> {
+    pub(crate) fn token_id(&self, name: &str, value: &Value) -> Result<u32, PrepError> {
         let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
         id.ok_or_else(|| self.refused(name, "token ids", None))
     }
 
-    fn object(&self, name: &'static str) -> Result<Option<Fields<'a>>, PrepError> {
+    /// A field that is true, false, or absent.
+    pub(crate) fn flag(&self, name: &str) -> Result<Option<bool>, PrepError> {
         match self.get(name) {
             None => Ok(None),
-            Some(Value::Object(map)) => Ok(Some(Fields { path: self.path, parent: name, map })),
+            Some(Value::Bool(flag)) => Ok(Some(*flag)),
+            Some(_) => Err(self.refused(name, "true or false", None)),
+        }
+    }
+
+    pub(crate) fn object(&self, name: &str) -> Result<Option<Fields<'a>>, PrepError> {
+        match self.get(name) {
+            None => Ok(None),
+            Some(Value::Object(map)) => Ok(Some(Fields { path: self.path, parent: self.name_of(name), map })),
             Some(_) => Err(self.refused(name, "null or an object", None)),
         }
     }
 
-    fn refused(&self, name: &str, expected: &str, hint: Option<&'static str>) -> PrepError {
-        let field = if self.parent.is_empty() { name.to_owned() } else { format!("{}.{name}", self.parent) };
+    /// The objects of an array; none if it is absent.
+    pub(crate) fn objects(&self, name: &str) -> Result<Vec<Fields<'a>>, PrepError> {
+        let values = match self.get(name) {
+            None => return Ok(Vec::new()),
+            Some(Value::Array(values)) => values,
+            Some(_) => return Err(self.refused(name, "an array of objects", None)),
+        };
+        let objects = values.iter().enumerate().map(|(idx, value)| match value {
+            Value::Object(map) => {
+                Ok(Fields { path: self.path, parent: self.name_of(&format!("{name}[{idx}]")), map })
+            }
+            _ => Err(self.refused(name, "an array of objects", None)),
+        });
+        objects.collect()
+    }
+
+    /// Names of the fields.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &'a String> {
+        self.map.keys()
+    }
+
+    pub(crate) fn refused(&self, name: &str, expected: &str, hint: Option<&'static str>) -> PrepError {
+        let found = self.map.get(name).map_or_else(|| "no such field".to_owned(), shorten);
         PrepError::Field {
             path: PathBuf::from(self.path),
-            field,
+            field: self.name_of(name),
             expected: expected.to_owned(),
-            found: self.map.get(name).map_or_else(|| "no such field".to_owned(), shorten),
+            found,
             hint,
         }
+    }
+
+    /// A field's name with its parents.
+    fn name_of(&self, name: &str) -> String {
+        if self.parent.is_empty() { name.to_owned() } else { format!("{}.{name}", self.parent) }
     }
 }
 

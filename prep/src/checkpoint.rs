@@ -14,8 +14,8 @@ use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 use serde::Deserialize;
 
-use crate::PrepError;
 use crate::arch::{LM_HEAD, TensorName};
+use crate::{PrepError, Progress};
 
 /// Name of the weights when they are in one file.
 const SINGLE_FILE: &str = "model.safetensors";
@@ -275,8 +275,8 @@ impl Shard {
     /// Name, length and BLAKE3 of the file, read once from start to end; `progress` hears of every block's length.
     ///
     /// # Errors
-    /// The system's answer, or a length that is no longer that of the opened file.
-    pub fn hash(&self, progress: &mut dyn FnMut(u64)) -> Result<SourceFile, PrepError> {
+    /// The system's answer, a length that is no longer that of the opened file, or [`PrepError::Interrupted`].
+    pub fn hash(&self, progress: &Progress) -> Result<SourceFile, PrepError> {
         let mut hasher = blake3::Hasher::new();
         let mut block = vec![0; HASH_BLOCK_BYTES];
         let mut offset = 0;
@@ -285,7 +285,7 @@ impl Shard {
             self.file.read_exact_at(&mut block[..n_bytes], offset).map_err(io_error("read", &self.path))?;
             hasher.update(&block[..n_bytes]);
             offset += n_bytes as u64;
-            progress(n_bytes as u64);
+            progress.advance(n_bytes as u64)?;
         }
         Ok(SourceFile {
             name: self.name.clone(),
@@ -474,11 +474,11 @@ mod tests {
         let folder = folder();
         shard(folder.path(), SINGLE_FILE, &[("big", Dtype::F32, &[700, 1000])]);
         let checkpoint = Checkpoint::open(folder.path()).expect("opened");
-        let mut n_bytes = 0;
-        let hashed = checkpoint.shards()[0].hash(&mut |block| n_bytes += block).expect("hashed");
+        let progress = Progress::silent();
+        let hashed = checkpoint.shards()[0].hash(&progress).expect("hashed");
         let bytes = std::fs::read(folder.path().join(SINGLE_FILE)).expect("read");
         assert_eq!(hashed.blake3, *blake3::hash(&bytes).as_bytes());
-        assert_eq!((hashed.len_bytes, n_bytes), (bytes.len() as u64, bytes.len() as u64));
+        assert_eq!((hashed.len_bytes, progress.position()), (bytes.len() as u64, bytes.len() as u64));
         assert_eq!(hash_file(&folder.path().join(SINGLE_FILE)).expect("hashed"), hashed);
     }
 

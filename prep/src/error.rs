@@ -1,17 +1,18 @@
-//! Why a checkpoint is refused: one variant per cause, each with the file, what was expected and what was found.
+//! Why a command stops: one variant per cause, each with the file, what was expected and what was found.
 
 use std::path::PathBuf;
 
-use format_spec::DType;
+use format_spec::{DType, FormatError};
+use runtime::{RuntimeError, TokenizerError};
 
 use crate::pack::BadElement;
 
-/// Why the reading side of a conversion stopped.
+/// Why a command stopped.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PrepError {
     /// The operating system refused.
-    #[error("{}: cannot {action}: {source}", path.display())]
+    #[error("{}: cannot {action}", path.display())]
     Io {
         /// What was tried: "open", "read", ...
         action: &'static str,
@@ -147,7 +148,7 @@ pub enum PrepError {
         found: Vec<u64>,
     },
     /// A weight is not a number, or not one of the output type.
-    #[error("{}: tensor {tensor}: element {index}: expected a finite {dtype_name} value, found {value}", path.display(), index = bad.index, value = bad.value, dtype_name = dtype_name(*dtype))]
+    #[error("{}: tensor {tensor}: element {index}: expected a finite {dtype_name} value, found {value}", path.display(), index = bad.index, value = bad.value, dtype_name = dtype.name())]
     Element {
         /// The shard.
         path: PathBuf,
@@ -158,16 +159,42 @@ pub enum PrepError {
         /// The element, its index counted from the start of the tensor.
         bad: BadElement,
     },
-}
-
-/// Name of a floating-point type on the command line.
-fn dtype_name(dtype: DType) -> &'static str {
-    match dtype {
-        DType::F32 => "f32",
-        DType::F16 => "f16",
-        DType::Bf16 => "bf16",
-        _ => "stored",
-    }
+    /// The sign predictor was asked for where no activation is zero.
+    #[error("{}: hidden_act: expected relu or fatrelu for --predictor sign, found silu", path.display())]
+    NotSparse {
+        /// config.json.
+        path: PathBuf,
+    },
+    /// As many values of alpha as there are neither models nor layers.
+    #[error("--alpha: expected one value or one for each of the {n_layers} layers, found {found}")]
+    AlphaCount {
+        /// Layers of the model.
+        n_layers: u32,
+        /// Values given.
+        found: usize,
+    },
+    /// A calibration text that is no text, or has none.
+    #[error("{name}: expected {expected}, found {found}")]
+    CalibrationText {
+        /// The file.
+        name: String,
+        /// What it must be.
+        expected: &'static str,
+        /// What it is.
+        found: String,
+    },
+    /// The output cannot be written.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    /// A `.sinf` file is not valid, or the forward pass failed.
+    #[error(transparent)]
+    Runtime(#[from] RuntimeError),
+    /// The tokenizer contradicts itself.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// Somebody asked to stop.
+    #[error("interrupted")]
+    Interrupted,
 }
 
 impl PrepError {
@@ -190,6 +217,8 @@ impl PrepError {
             ),
             Self::Element { bad, .. } if bad.is_overflow() => Some("--dtype bf16 or --dtype f32 can hold it"),
             Self::Element { .. } => Some("the checkpoint is damaged; fetch it again"),
+            Self::NotSparse { .. } => Some("--predictor exact computes every gate row"),
+            Self::Runtime(error) => error.hint(),
             _ => None,
         }
     }

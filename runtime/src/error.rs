@@ -11,7 +11,7 @@ pub enum RuntimeError {
         path: String,
         /// The broken rule.
         #[source]
-        source: format_spec::FormatError,
+        source: Box<format_spec::FormatError>,
     },
     /// The operating system refused.
     #[error("{path}: cannot {action}")]
@@ -62,11 +62,18 @@ pub enum RuntimeError {
 }
 
 impl RuntimeError {
+    pub(crate) fn format(path: &str, error: format_spec::FormatError) -> Self {
+        Self::Format { path: path.to_owned(), source: Box::new(error) }
+    }
+
     /// What to do about it.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::Io { source, .. } if source.kind() == std::io::ErrorKind::IsADirectory => {
                 Some("make a .sinf file of a model folder first: prep convert FOLDER OUT.sinf")
+            }
+            Self::Format { path, .. } if !path.ends_with(".sinf") => {
+                Some("prep convert FOLDER OUT.sinf makes a .sinf file of a model folder")
             }
             Self::ContextFull { .. } => Some("raise -c/--ctx-size or shorten the prompt"),
             Self::ContextTooLong { .. } => Some("lower -c/--ctx-size; longer contexts give strange text"),

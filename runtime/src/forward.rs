@@ -173,12 +173,13 @@ impl<'m> CpuEngine<'m> {
             Rows::Predicted { limits, .. } if masked => Some(limits),
             _ => None,
         };
-        let wants_n_neg = observer.as_ref().is_some_and(|observer| observer.wants_n_neg());
-        if limits.is_some() || wants_n_neg {
-            self.cpu.n_neg(&w.signs, n_tokens, b.normed, b.n_neg)?;
+        let signs = w.signs.as_ref();
+        let wants_n_neg = signs.is_some() && observer.as_ref().is_some_and(|observer| observer.wants_n_neg());
+        if let Some(signs) = signs.filter(|_| limits.is_some() || wants_n_neg) {
+            self.cpu.n_neg(signs, n_tokens, b.normed, b.n_neg)?;
         }
         if let Some(limits) = limits {
-            let n_rows = w.signs.n_rows;
+            let n_rows = w.mlp.gate.n_rows;
             for (skip, n_neg) in b.skip.chunks_exact_mut(n_rows).zip(b.n_neg.chunks_exact(n_rows)) {
                 for (row, (skip, &n_neg)) in skip.iter_mut().zip(n_neg).enumerate() {
                     *skip = n_neg > limits.of(row);
@@ -292,11 +293,15 @@ impl Engine for CpuEngine<'_> {
 
 /// The rows that `choice` selects of the layer `w`.
 fn rows_of<'a>(choice: &'a RowChoice, w: &LayerWeights<'a>) -> Rows<'a> {
+    let predicted = |limits| {
+        let signs = w.signs.expect("the reader checked that a layer with limits has sign words");
+        Rows::Predicted { signs, limits }
+    };
     match choice {
         RowChoice::All => Rows::All,
         RowChoice::Active => Rows::Active,
-        RowChoice::Limit(limit) => Rows::Predicted { signs: w.signs, limits: Limits::Layer(*limit) },
-        RowChoice::RowLimits(limits) => Rows::Predicted { signs: w.signs, limits: Limits::PerRow(limits) },
+        RowChoice::Limit(limit) => predicted(Limits::Layer(*limit)),
+        RowChoice::RowLimits(limits) => predicted(Limits::PerRow(limits)),
     }
 }
 

@@ -1,13 +1,24 @@
 //! Maps a `.sinf` file and generates text with it; `prep` borrows the dense forward pass from here.
 
+pub mod bench;
+pub mod chat;
+pub mod device;
 mod engine;
 mod error;
 mod forward;
+pub mod generate;
 mod kv_cache;
 mod map;
 mod model;
+pub mod perplexity;
+pub mod sampler;
 mod session;
+pub mod stats;
+mod text;
+mod tokenizer;
 
 pub use error::RuntimeError;
 pub use model::Model;
 pub use session::{LayerUsage, MlpBatch, MlpMode, MlpObserver, Session, SessionOptions, Usage};
+pub use text::{Ready, TextStream};
+pub use tokenizer::{Tokenizer, TokenizerError};

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use format_spec::{DType, Layout, ModelConfig, Section, SectionKind};
+use format_spec::{DType, FormatError, Layout, ModelConfig, Section, SectionKind};
 use half::{bf16, f16};
 use kernels::{Elements, Matrix, MlpWeights, SignMatrix};
 use memmap2::Mmap;
@@ -31,7 +31,8 @@ pub(crate) struct LayerWeights<'m> {
     pub(crate) w_o: Matrix<'m>,
     pub(crate) mlp_norm: &'m [f32],
     pub(crate) mlp: MlpWeights<'m>,
-    pub(crate) signs: SignMatrix<'m>,
+    /// In files made for prediction.
+    pub(crate) signs: Option<SignMatrix<'m>>,
 }
 
 /// All weights of a model as views of the map.
@@ -53,7 +54,7 @@ impl Model {
         let path = path.display().to_string();
         let layout = match Layout::parse(map.as_deref().unwrap_or(&[])) {
             Ok(layout) => layout,
-            Err(source) => return Err(RuntimeError::Format { path, source }),
+            Err(error) => return Err(RuntimeError::format(&path, error)),
         };
         let map = map.expect("an empty file is not valid");
         Ok(Self { map, layout, path })
@@ -79,6 +80,11 @@ impl Model {
         &self.path
     }
 
+    /// `error` as one of this file, for rules that only a full read can check.
+    pub fn error(&self, error: FormatError) -> RuntimeError {
+        RuntimeError::format(&self.path, error)
+    }
+
     /// The MLP's activation, as the kernels name it.
     pub fn activation(&self) -> kernels::Activation {
         match self.config().activation {
@@ -88,26 +94,16 @@ impl Model {
         }
     }
 
-    /// Sign words of W_gate of `layer`, `(intermediate_size, ceil(hidden_size / 32))`.
-    ///
-    /// # Panics
-    /// If the model has no such layer.
-    pub fn gate_signs(&self, layer: usize) -> SignMatrix<'_> {
-        let words = self.words(SectionKind::GateSigns, Some(layer));
+    /// Sign words of W_gate of `layer`, `(intermediate_size, ceil(hidden_size / 32))`; a file made without prediction
+    /// has none.
+    fn gate_signs(&self, layer: usize) -> Option<SignMatrix<'_>> {
+        let section = self.layout.find(SectionKind::GateSigns, Some(layer as u32))?;
         let config = self.config();
-        SignMatrix {
-            words,
+        Some(SignMatrix {
+            words: bytemuck::cast_slice(section.bytes(&self.map)),
             n_rows: config.intermediate_size as usize,
             n_words: config.hidden_size.div_ceil(32) as usize,
-        }
-    }
-
-    /// Gate projection of `layer`, `(intermediate_size, hidden_size)`.
-    ///
-    /// # Panics
-    /// If the model has no such layer.
-    pub fn w_gate(&self, layer: usize) -> Matrix<'_> {
-        self.matrix(SectionKind::WGate, Some(layer))
+        })
     }
 
     /// `|W_down[:, i]|^2` for every neuron i of `layer`, `(intermediate_size,)`: what a missed row costs is

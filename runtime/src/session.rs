@@ -47,7 +47,7 @@ pub struct MlpBatch<'a> {
     /// `act(gate) * up` before any mask, `(n_tokens, intermediate_size)`.
     pub h: &'a [f32],
     /// Sign disagreements of every row with `x`, `(n_tokens, intermediate_size)`; empty unless
-    /// [`MlpObserver::wants_n_neg`].
+    /// [`MlpObserver::wants_n_neg`], and in files that have no sign words.
     pub n_neg: &'a [u32],
     /// Rows that the mask leaves out, `(n_tokens, intermediate_size)`; empty when the pass is not masked or the
     /// layer predicts nothing.

@@ -192,9 +192,12 @@ fn either_tokenizer_file_gives_the_same_ids() {
     assert!(ids[0].as_array().expect("ids").len() > 20);
 }
 
+/// What is wrong, how a model folder is made so, and words that the refusal has to contain.
+type BrokenModel<'a> = (&'a str, &'a dyn Fn(&Path), &'a [&'a str]);
+
 #[test]
 fn refusals_name_file_tensor_expected_and_found() {
-    let cases: &[(&str, &dyn Fn(&Path), &[&str])] = &[
+    let cases: &[BrokenModel<'_>] = &[
         ("no config", &|m| std::fs::remove_file(m.join("config.json")).expect("removed"), &["config.json"]),
         (
             "broken config",

@@ -63,6 +63,7 @@ pub fn bundled_sinf() -> &'static Path {
 }
 
 /// Larger checkpoints and texts that lie beside a development checkout, if they do. Says so on stderr when not.
+#[expect(clippy::print_stderr, reason = "a check that does not run has to say so")]
 pub fn shared(path: &str) -> Option<PathBuf> {
     let found = workspace().join("../shared").join(path);
     if found.exists() {

@@ -30,7 +30,7 @@ pub enum SynthError {
         foreign: bool,
     },
     /// Reading or writing failed.
-    #[error("{path}: {source}")]
+    #[error("{path}: cannot read or write")]
     Io {
         /// The file or folder.
         path: PathBuf,

@@ -35,7 +35,7 @@ impl Stream {
 
     /// Uniform in `0..bound`, with a bias below `bound / 2^32`.
     pub(super) fn next_below(&mut self, bound: u32) -> u32 {
-        ((self.next_u64() >> 32) * u64::from(bound) >> 32) as u32
+        (((self.next_u64() >> 32) * u64::from(bound)) >> 32) as u32
     }
 
     /// Uniform in `[0, 1)`.

@@ -140,7 +140,7 @@ impl ShardWriter {
             begin = end;
         }
         let mut text = Value::Object(header).to_string();
-        while text.len() % 8 != 0 {
+        while !text.len().is_multiple_of(8) {
             text.push(' ');
         }
         let mut bytes = (text.len() as u64).to_le_bytes().to_vec();

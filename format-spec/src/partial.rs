@@ -1,0 +1,155 @@
+//! The unfinished file beside the output: one writer at a time, removed unless it is committed.
+
+use std::ffi::OsString;
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{self, BufWriter, ErrorKind, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use crate::FormatError;
+
+/// Bytes gathered before they go to the file; larger pieces go there directly.
+const BUFFER_BYTES: usize = 1 << 20;
+
+/// `OUT.partial`, open for writing at its end.
+#[derive(Debug)]
+pub(crate) struct Partial {
+    path: PathBuf,
+    file: BufWriter<File>,
+    is_committed: bool,
+}
+
+impl Partial {
+    /// Creates `OUT.partial` and locks it. What a killed run left there is replaced; what another process is
+    /// writing is not.
+    pub(crate) fn create(out: &Path) -> Result<Self, FormatError> {
+        let Some(name) = out.file_name() else {
+            let source = io::Error::new(ErrorKind::InvalidInput, "the path does not name a file");
+            return Err(failed("create", out)(source));
+        };
+        let mut name = OsString::from(name);
+        name.push(".partial");
+        let path = out.with_file_name(name);
+        match File::open(&path) {
+            Ok(stale) => {
+                lock(&stale, &path)?;
+                std::fs::remove_file(&path).map_err(failed("replace", &path))?;
+            }
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => return Err(failed("replace", &path)(error)),
+        }
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&path)
+            .map_err(failed("create", &path))?;
+        lock(&file, &path)?;
+        Ok(Self { path, file: BufWriter::with_capacity(BUFFER_BYTES, file), is_committed: false })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Appends.
+    pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<(), FormatError> {
+        self.file.write_all(bytes).map_err(failed("write", &self.path))
+    }
+
+    /// Drops everything from `len_bytes` on; the next write goes there.
+    pub(crate) fn truncate(&mut self, len_bytes: u64) -> Result<(), FormatError> {
+        let shorten = |file: &mut BufWriter<File>| {
+            file.seek(SeekFrom::Start(len_bytes))?;
+            file.get_ref().set_len(len_bytes)
+        };
+        shorten(&mut self.file).map_err(failed("truncate", &self.path))
+    }
+
+    /// Writes over the first bytes and flushes the whole file to the system.
+    pub(crate) fn write_start(&mut self, bytes: &[u8]) -> Result<(), FormatError> {
+        let write = |file: &mut BufWriter<File>| {
+            file.seek(SeekFrom::Start(0))?;
+            file.write_all(bytes)?;
+            file.seek(SeekFrom::End(0))?;
+            Ok(())
+        };
+        write(&mut self.file).map_err(failed("write", &self.path))
+    }
+
+    /// Syncs the file, gives it the name `out`, and syncs the folder.
+    ///
+    /// Without `replace` an `out` that came to exist meanwhile is left alone and is an error.
+    pub(crate) fn commit(mut self, out: &Path, replace: bool) -> Result<(), FormatError> {
+        let sync = |file: &mut BufWriter<File>| {
+            file.flush()?;
+            file.get_ref().sync_all()
+        };
+        sync(&mut self.file).map_err(failed("sync", &self.path))?;
+        if !replace && link(&self.path, out)? {
+            // The output has its name; the other one goes when `self` is dropped.
+            return sync_folder(out);
+        }
+        std::fs::rename(&self.path, out).map_err(failed("rename", &self.path))?;
+        self.is_committed = true;
+        sync_folder(out)
+    }
+}
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        if !self.is_committed {
+            // Nobody is left to tell: the file may be gone, and a later run replaces it.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// An existing output is an error unless it may be replaced, which a folder never can.
+pub(crate) fn check_output(out: &Path, replace: bool) -> Result<(), FormatError> {
+    match out.symlink_metadata() {
+        Ok(found) if replace && found.is_dir() => {
+            Err(failed("replace", out)(io::Error::from(ErrorKind::IsADirectory)))
+        }
+        Ok(_) if replace => Ok(()),
+        Ok(_) => Err(FormatError::Exists { path: out.to_owned() }),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(failed("look at", out)(error)),
+    }
+}
+
+/// Gives the file a second name `out` if nothing has it, in one step. False where the file system has no such
+/// links; `out` was then not there a moment ago.
+fn link(path: &Path, out: &Path) -> Result<bool, FormatError> {
+    match std::fs::hard_link(path, out) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+            Err(FormatError::Exists { path: out.to_owned() })
+        }
+        Err(_) => check_output(out, false).map(|()| false),
+    }
+}
+
+/// Takes the lock that every writer holds. File systems without locks go unprotected.
+fn lock(file: &File, path: &Path) -> Result<(), FormatError> {
+    match file.try_lock() {
+        Err(TryLockError::WouldBlock) => Err(FormatError::Busy { path: path.to_owned() }),
+        Ok(()) | Err(TryLockError::Error(_)) => Ok(()),
+    }
+}
+
+/// Makes the new name last through a loss of power.
+fn sync_folder(out: &Path) -> Result<(), FormatError> {
+    if cfg!(unix) {
+        let folder = match out.parent() {
+            Some(folder) if folder != Path::new("") => folder,
+            _ => Path::new("."),
+        };
+        File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed("sync", folder))?;
+    }
+    Ok(())
+}
+
+fn failed(action: &'static str, path: &Path) -> impl Fn(io::Error) -> FormatError {
+    let path = path.to_owned();
+    move |source| FormatError::Io { action, path: path.clone(), source }
+}

@@ -1,0 +1,271 @@
+//! Flags and help text.
+
+use std::path::PathBuf;
+
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use format_spec::DType;
+
+use crate::synth::SynthArgs;
+use crate::{CalibrationOptions, ConvertOptions, Predictor};
+
+/// Converts ReLU-sparse Hugging Face checkpoints to .sinf files.
+#[derive(Parser, Debug)]
+#[command(name = "prep", version, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Convert a model folder to one .sinf file, choosing each layer's predictor.
+    Convert(ConvertArgs),
+    /// Show what is in a .sinf file.
+    Inspect(InspectArgs),
+    /// Check every byte of a .sinf file against its checksums.
+    Verify(VerifyArgs),
+    /// Make a synthetic checkpoint of any Llama shape, as sparse as asked.
+    Synth(SynthArgs),
+}
+
+/// `prep convert`.
+#[derive(Args, Clone, Debug)]
+#[command(after_long_help = "\
+Examples:
+  prep convert ProSparse-Llama-2-7b/ prosparse-7b.sinf
+  prep convert model/ out.sinf --alpha 1               the rule of SparseInfer (arXiv 2411.12692) as it stands
+  prep convert model/ out.sinf --alpha 1.02x20,1x12    its setting: a margin in the first 20 of 32 layers
+
+A row is skipped when n_neg > alpha * n_pos: n_neg of its signs disagree with the signs of the input, n_pos agree.")]
+pub struct ConvertArgs {
+    /// Folder with config.json, safetensors shards, and tokenizer.json or tokenizer.model.
+    pub model_dir: PathBuf,
+    /// File to write; OUT.partial lies beside it until it is complete.
+    pub out: PathBuf,
+    /// Type of the weights; auto keeps f16 and bf16 and turns f32 into f16.
+    #[arg(long, value_enum, default_value = "auto", value_name = "TYPE")]
+    pub dtype: DTypeName,
+    /// Leave out rows by their signs, or compute every gate row [default: sign; exact for silu].
+    #[arg(long, value_enum, value_name = "NAME")]
+    pub predictor: Option<PredictorName>,
+    /// Ratio of the sign rule, one value or one for each layer (1.02x20 stands for 20 of 1.02), instead of
+    /// calibration.
+    #[arg(
+        long,
+        value_name = "X[,X...]",
+        value_parser = parse_alphas,
+        conflicts_with_all = ["calibration", "calibration_tokens", "target_missed_energy"]
+    )]
+    pub alpha: Option<Alphas>,
+    /// UTF-8 text to calibrate on [default: built-in prose].
+    #[arg(long, value_name = "FILE")]
+    pub calibration: Option<PathBuf>,
+    /// Most tokens to calibrate on [default: 2048]. Each costs two operations a weight: seconds for 50 million
+    /// weights, minutes for 7 billion.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub calibration_tokens: Option<u32>,
+    /// Largest share of a layer's MLP output energy that skipped rows may have, 0 to 1 [default: 0.003].
+    #[arg(long, value_name = "E", value_parser = parse_share)]
+    pub target_missed_energy: Option<f64>,
+    /// Threads; 0 takes one for each available core. The output does not depend on it.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub threads: usize,
+    /// Replace an existing OUT.
+    #[arg(long)]
+    pub force: bool,
+    /// Print a summary as JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// Print nothing but errors (and --json).
+    #[arg(long)]
+    pub quiet: bool,
+}
+
+/// `prep inspect`.
+#[derive(Args, Clone, Debug)]
+pub struct InspectArgs {
+    /// A .sinf file.
+    pub file: PathBuf,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// List every section with type, shape, place and checksum.
+    #[arg(long)]
+    pub tensors: bool,
+}
+
+/// `prep verify`.
+#[derive(Args, Clone, Debug)]
+pub struct VerifyArgs {
+    /// A .sinf file.
+    pub file: PathBuf,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Types of weights on the command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[expect(missing_docs, reason = "the names say it")]
+pub enum DTypeName {
+    Auto,
+    F32,
+    F16,
+    Bf16,
+}
+
+/// Predictors on the command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[expect(missing_docs, reason = "the names say it")]
+pub enum PredictorName {
+    Sign,
+    Exact,
+}
+
+/// Values of `--alpha`, repetitions written out.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Alphas(pub Vec<f64>);
+
+/// Most values of `--alpha`: more layers than any model has.
+const MAX_ALPHAS: usize = 4096;
+
+impl ConvertArgs {
+    /// The library's options.
+    ///
+    /// # Errors
+    /// A usage error if `--predictor exact` meets an option of the sign predictor.
+    pub fn options(&self) -> Result<ConvertOptions, clap::Error> {
+        let calibrates = self.calibration.is_some()
+            || self.calibration_tokens.is_some()
+            || self.target_missed_energy.is_some();
+        let predictor = match (self.predictor, &self.alpha) {
+            (Some(PredictorName::Exact), alpha) => {
+                if alpha.is_some() || calibrates {
+                    let message = "--predictor exact has no use for --alpha, --calibration, \
+                                   --calibration-tokens or --target-missed-energy";
+                    return Err(Cli::command().error(ErrorKind::ArgumentConflict, message));
+                }
+                Some(Predictor::Exact)
+            }
+            (_, Some(Alphas(alphas))) => Some(Predictor::Alpha(alphas.clone())),
+            (None, None) if !calibrates => None,
+            (_, None) => {
+                let default = CalibrationOptions::DEFAULT;
+                Some(Predictor::Calibrated(CalibrationOptions {
+                    text: self.calibration.clone(),
+                    n_tokens: self.calibration_tokens.unwrap_or(default.n_tokens),
+                    target_missed_energy: self.target_missed_energy.unwrap_or(default.target_missed_energy),
+                }))
+            }
+        };
+        Ok(ConvertOptions {
+            dtype: match self.dtype {
+                DTypeName::Auto => None,
+                DTypeName::F32 => Some(DType::F32),
+                DTypeName::F16 => Some(DType::F16),
+                DTypeName::Bf16 => Some(DType::Bf16),
+            },
+            predictor,
+            n_threads: self.threads,
+            force: self.force,
+        })
+    }
+}
+
+/// `X`, `X,Y`, `XxN,YxM`: X finite and not negative, N a number of layers.
+fn parse_alphas(text: &str) -> Result<Alphas, String> {
+    let mut alphas = Vec::new();
+    for part in text.split(',') {
+        let (alpha, n) = part.split_once('x').unwrap_or((part, "1"));
+        let alpha = alpha.trim().parse().ok().filter(|alpha: &f64| alpha.is_finite() && *alpha >= 0.0);
+        let alpha = alpha.ok_or_else(|| format!("expected a number of at least 0, found {part:?}"))?;
+        let n = n.trim().parse().ok().filter(|n| (1..=MAX_ALPHAS - alphas.len()).contains(n));
+        let n = n.ok_or_else(|| {
+            format!("expected a number of layers up to {MAX_ALPHAS} in all, found {part:?}")
+        })?;
+        alphas.extend(std::iter::repeat_n(alpha, n));
+    }
+    Ok(Alphas(alphas))
+}
+
+/// A number from 0 to 1.
+fn parse_share(text: &str) -> Result<f64, String> {
+    let share = text.parse().ok().filter(|share| (0.0..=1.0).contains(share));
+    share.ok_or_else(|| format!("expected a number from 0 to 1, found {text:?}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> Result<ConvertOptions, clap::Error> {
+        let cli = Cli::try_parse_from("prep convert m o".split(' ').chain(line.split_whitespace()))?;
+        let Command::Convert(args) = cli.command else { panic!("{:?}", cli.command) };
+        args.options()
+    }
+
+    fn alphas(line: &str) -> Vec<f64> {
+        match parse(line).expect("accepted").predictor {
+            Some(Predictor::Alpha(alphas)) => alphas,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_command_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn alphas_are_lists_with_repetitions() {
+        assert_eq!(alphas("--alpha 1.05"), [1.05]);
+        assert_eq!(alphas("--alpha 1.1,1.05,1"), [1.1, 1.05, 1.0]);
+        assert_eq!(alphas("--alpha 1.02x3,1x2 --predictor sign"), [1.02, 1.02, 1.02, 1.0, 1.0]);
+        for bad in ["", "nan", "inf", "-1", "1,", "1x", "1x0", "1x5000", "1x4000,1x97", "x3", "1x2x3"] {
+            let error = parse(&format!("--alpha={bad}")).expect_err("refused");
+            assert_eq!(error.exit_code(), 2, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn options_of_different_predictors_conflict() {
+        for line in [
+            "--alpha 1 --calibration text",
+            "--alpha 1 --calibration-tokens 5",
+            "--alpha 1 --target-missed-energy 0.1",
+            "--predictor exact --alpha 1",
+            "--predictor exact --calibration text",
+            "--predictor exact --target-missed-energy 0.1",
+            "--calibration-tokens 0",
+            "--target-missed-energy 1.5",
+            "--target-missed-energy nan",
+        ] {
+            assert_eq!(parse(line).expect_err(line).exit_code(), 2, "{line}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_said_is_the_librarys_default() {
+        assert!(parse("").expect("accepted").predictor.is_none());
+        let Some(Predictor::Calibrated(options)) = parse("--predictor sign").expect("accepted").predictor
+        else {
+            panic!("sign without alpha calibrates");
+        };
+        assert_eq!(&options, CalibrationOptions::DEFAULT);
+    }
+
+    /// The help states the defaults in words.
+    #[test]
+    fn help_states_the_defaults() {
+        let CalibrationOptions { n_tokens, target_missed_energy, .. } = CalibrationOptions::DEFAULT;
+        let mut command = Cli::command();
+        let convert = command.find_subcommand_mut("convert").expect("there").render_long_help().to_string();
+        let convert = convert.split_whitespace().collect::<Vec<_>>().join(" ");
+        for default in [format!("[default: {n_tokens}]"), format!("[default: {target_missed_energy}]")] {
+            assert!(convert.contains(&default), "no {default} in: {convert}");
+        }
+    }
+}

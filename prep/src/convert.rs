@@ -1,0 +1,401 @@
+//! The whole conversion in reading order: a Hugging Face folder becomes one `.sinf` file.
+//!
+//! ```text
+//! config.json, shard headers, tokenizer    checked before anything is written
+//! weights                                  streamed once into OUT.partial
+//! seal                                     OUT.partial is a valid file without prediction
+//! calibration                              the runtime's dense pass over it chooses each layer's limit
+//! seal, sync, rename                       OUT appears, complete
+//! ```
+//!
+//! Nothing in the output depends on the number of threads, on the time or on where the folder lies.
+
+use std::path::Path;
+use std::time::Instant;
+
+use format_spec::calibration::limit_from_alpha;
+use format_spec::{
+    Activation, CalibrationCurve, CalibrationText, DType, ModelConfig, PredictorKind, PredictorRecord,
+    Provenance, SourceFile, Tail, Writer,
+};
+use runtime::Model;
+use serde::Serialize;
+
+use crate::arch::{self, CONFIG_FILE, TensorName};
+use crate::calibrate::{self, CalibrationOptions, Text};
+use crate::checkpoint::{Checkpoint, hash_file};
+use crate::inspect::PredictorRow;
+use crate::stream::{BLOCK_BYTES, WeightStream};
+use crate::tokenizer::{FolderTokenizer, read_tokenizer};
+use crate::{PrepError, Progress};
+
+/// Alignment of sections: a page, so that a mapped section can be registered with a device by itself.
+const ALIGNMENT_BYTES: u32 = 4096;
+
+/// How to convert.
+#[derive(Clone, Debug)]
+pub struct ConvertOptions {
+    /// Type of all weights but the norms. `None` keeps 16-bit types and turns f32 into f16.
+    pub dtype: Option<DType>,
+    /// How rows will be predicted. `None`: calibrated where the activation is sparse, exact where it is not.
+    pub predictor: Option<Predictor>,
+    /// Threads that convert and calibrate; 0 takes one for each available core. Hashing and writing have one each.
+    pub n_threads: usize,
+    /// Replace an existing output.
+    pub force: bool,
+}
+
+/// How the rows of an MLP will be predicted.
+#[derive(Clone, Debug)]
+pub enum Predictor {
+    /// Not at all.
+    Exact,
+    /// By signs, with one alpha for all layers or one for each.
+    Alpha(Vec<f64>),
+    /// By signs, with limits from a text.
+    Calibrated(CalibrationOptions),
+}
+
+/// What was written.
+#[derive(Clone, Debug, Serialize)]
+pub struct ConvertReport {
+    /// The file.
+    pub out: String,
+    /// Its length.
+    pub bytes: u64,
+    /// Type of the weights.
+    pub dtype: &'static str,
+    /// Decoder layers.
+    pub layers: u32,
+    /// Vocabulary entries that have a spelling, where the embedding has more rows.
+    pub n_pieces: usize,
+    /// Predictor of every layer.
+    pub predictors: Vec<PredictorRow>,
+    /// Tokens behind their limits; 0 without calibration.
+    pub calibration_tokens: u64,
+    /// Wall time in all.
+    pub seconds: f64,
+    /// Wall time of reading, converting and writing the weights.
+    pub weights_seconds: f64,
+    /// Wall time of the calibration.
+    pub calibration_seconds: f64,
+    /// Bytes of the shards per second of `weights_seconds`, 10^9.
+    pub read_gb_per_s: f64,
+    /// What a user may not expect.
+    pub notes: Vec<String>,
+}
+
+/// Converts the model in `folder` to `out`.
+///
+/// # Errors
+/// A checkpoint that is not accepted, options that do not fit it, an output that exists or cannot be written.
+/// Nothing is then left behind.
+pub fn convert(
+    folder: &Path,
+    out: &Path,
+    options: &ConvertOptions,
+    progress: &Progress,
+) -> Result<ConvertReport, PrepError> {
+    let started = Instant::now();
+    let mut notes = Vec::new();
+    let mut config = arch::read_config(folder)?;
+    let checkpoint = Checkpoint::open(folder)?;
+    let tensors = arch::tensors(&config);
+    checkpoint.expect(&tensors)?;
+    let FolderTokenizer { tokenizer, bos_token_id, files: tokenizer_files } =
+        read_tokenizer(folder, &config)?;
+    config.bos_token_id = config.bos_token_id.or(bos_token_id);
+    let n_pieces = tokenizer.pieces.len();
+    if n_pieces < config.vocab_size as usize {
+        notes.push(format!(
+            "the tokenizer has {n_pieces} pieces for a vocab_size of {}; ids past the last piece have no text",
+            config.vocab_size
+        ));
+    }
+    let predictor = Plan::new(options.predictor.as_ref(), &config, folder, &mut notes)?;
+    let dtype = options.dtype.unwrap_or(auto_dtype(&checkpoint, &tensors)?);
+    let n_threads = match options.n_threads {
+        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        n_threads => n_threads,
+    };
+
+    let mut writer = Writer::create(out, &config, ALIGNMENT_BYTES, options.force)?;
+    let weights_started = Instant::now();
+    let with_signs = !matches!(predictor, Plan::Exact);
+    let stream = WeightStream {
+        checkpoint: &checkpoint,
+        tensors: &tensors,
+        dtype,
+        with_signs,
+        n_threads,
+        block_bytes: BLOCK_BYTES,
+    };
+    let mut source_files = stream.write(&mut writer, progress)?;
+    let weights_seconds = weights_started.elapsed().as_secs_f64();
+    let n_source_bytes: u64 = source_files.iter().map(|file| file.len_bytes).sum();
+    source_files.extend(small_files(folder, &checkpoint, &tokenizer_files)?);
+    source_files.sort_by(|a, b| a.name.cmp(&b.name));
+    let mut provenance = Provenance {
+        source_name: folder_name(folder)?,
+        source_files,
+        tool: concat!("prep ", env!("CARGO_PKG_VERSION")).to_owned(),
+        options: recorded_options(dtype, &predictor),
+        calibration: None,
+    };
+
+    let calibration_started = Instant::now();
+    let (predictors, curves) = match &predictor {
+        Plan::Exact => (vec![off(&config); config.num_hidden_layers as usize], None),
+        Plan::Alphas(alphas) => (alphas.iter().map(|&alpha| by_alpha(alpha, &config)).collect(), None),
+        Plan::Calibrated(text, options) => {
+            let predictors = vec![off(&config); config.num_hidden_layers as usize];
+            writer.seal(&Tail {
+                predictors: &predictors,
+                curves: None,
+                tokenizer: &tokenizer,
+                provenance: None,
+            })?;
+            let model = Model::open(&writer.partial_path())?;
+            let found = calibrate::run(&model, &tokenizer, text, options, n_threads, progress)?;
+            provenance.calibration = Some(CalibrationText {
+                name: text.name.clone(),
+                blake3: text.blake3,
+                n_tokens: found.n_tokens,
+                window: found.window,
+            });
+            (found.predictors, Some(found.curves))
+        }
+    };
+    let calibration_seconds = calibration_started.elapsed().as_secs_f64();
+    let curves: Option<&[CalibrationCurve]> = curves.as_deref();
+    writer.seal(&Tail {
+        predictors: &predictors,
+        curves,
+        tokenizer: &tokenizer,
+        provenance: Some(&provenance),
+    })?;
+    progress.check()?;
+    let bytes = writer.commit()?;
+    Ok(ConvertReport {
+        out: out.display().to_string(),
+        bytes,
+        dtype: dtype.name(),
+        layers: config.num_hidden_layers,
+        n_pieces,
+        predictors: PredictorRow::all(&predictors),
+        calibration_tokens: provenance.calibration.map_or(0, |text| text.n_tokens),
+        seconds: started.elapsed().as_secs_f64(),
+        weights_seconds,
+        calibration_seconds,
+        read_gb_per_s: n_source_bytes as f64 / weights_seconds / 1e9,
+        notes,
+    })
+}
+
+/// What the options ask for, checked against the model, before anything is written.
+enum Plan<'a> {
+    Exact,
+    /// One for each layer.
+    Alphas(Vec<f64>),
+    Calibrated(Text, &'a CalibrationOptions),
+}
+
+impl<'a> Plan<'a> {
+    fn new(
+        predictor: Option<&'a Predictor>,
+        config: &ModelConfig,
+        folder: &Path,
+        notes: &mut Vec<String>,
+    ) -> Result<Self, PrepError> {
+        let is_sparse = config.activation != Activation::Silu;
+        match predictor {
+            None if !is_sparse => {
+                notes.push("silu leaves no row at zero: predictor exact, every row is computed".to_owned());
+                Ok(Self::Exact)
+            }
+            Some(Predictor::Exact) => Ok(Self::Exact),
+            Some(_) if !is_sparse => Err(PrepError::NotSparse { path: folder.join(CONFIG_FILE) }),
+            Some(Predictor::Alpha(alphas)) => {
+                let n_layers = config.num_hidden_layers;
+                match alphas.as_slice() {
+                    &[alpha] => Ok(Self::Alphas(vec![alpha; n_layers as usize])),
+                    alphas if alphas.len() == n_layers as usize => Ok(Self::Alphas(alphas.to_vec())),
+                    alphas => Err(PrepError::AlphaCount { n_layers, found: alphas.len() }),
+                }
+            }
+            Some(Predictor::Calibrated(options)) => Self::calibrated(options),
+            None => Self::calibrated(CalibrationOptions::DEFAULT),
+        }
+    }
+
+    fn calibrated(options: &'a CalibrationOptions) -> Result<Self, PrepError> {
+        Ok(Self::Calibrated(Text::load(options.text.as_deref())?, options))
+    }
+}
+
+/// The 16-bit type that the checkpoint has; f16 where it has none, or both.
+fn auto_dtype(checkpoint: &Checkpoint, tensors: &[TensorName]) -> Result<DType, PrepError> {
+    let mut found = Vec::new();
+    for tensor in tensors.iter().filter(|tensor| tensor.shape.len() > 1) {
+        found.push(checkpoint.tensor(&tensor.name)?.dtype);
+    }
+    let is_bf16 = found.contains(&DType::Bf16) && !found.contains(&DType::F16);
+    Ok(if is_bf16 { DType::Bf16 } else { DType::F16 })
+}
+
+/// A layer without prediction.
+pub(crate) fn off(config: &ModelConfig) -> PredictorRecord {
+    PredictorRecord {
+        kind: PredictorKind::Off,
+        limit: config.hidden_size,
+        alpha: f32::INFINITY,
+        rows_active: f32::NAN,
+        rows_kept: f32::NAN,
+        recall: f32::NAN,
+        missed_energy: f32::NAN,
+        n_tokens: 0,
+    }
+}
+
+/// A layer with a limit that somebody chose.
+fn by_alpha(alpha: f64, config: &ModelConfig) -> PredictorRecord {
+    PredictorRecord {
+        kind: PredictorKind::Sign,
+        limit: limit_from_alpha(alpha, config.hidden_size),
+        alpha: alpha as f32,
+        ..off(config)
+    }
+}
+
+/// Options that change the output, sorted by name.
+fn recorded_options(dtype: DType, predictor: &Plan<'_>) -> Vec<(String, String)> {
+    let mut options = vec![("dtype", dtype.name().to_owned())];
+    match predictor {
+        Plan::Exact => options.push(("predictor", "exact".to_owned())),
+        Plan::Alphas(alphas) => {
+            let alphas: Vec<String> = alphas.iter().map(f64::to_string).collect();
+            options.extend([("alpha", alphas.join(",")), ("predictor", "sign".to_owned())]);
+        }
+        Plan::Calibrated(_, calibration) => options.extend([
+            ("calibration-tokens", calibration.n_tokens.to_string()),
+            ("predictor", "sign".to_owned()),
+            ("target-missed-energy", calibration.target_missed_energy.to_string()),
+        ]),
+    }
+    options.sort_unstable();
+    options.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+}
+
+/// Source files that hold no weights.
+fn small_files(
+    folder: &Path,
+    checkpoint: &Checkpoint,
+    tokenizer_files: &[std::path::PathBuf],
+) -> Result<Vec<SourceFile>, PrepError> {
+    let config = folder.join(CONFIG_FILE);
+    let index = checkpoint.index().into_iter();
+    let files =
+        std::iter::once(config.as_path()).chain(index).chain(tokenizer_files.iter().map(|file| &**file));
+    files.map(hash_file).collect()
+}
+
+/// The folder's own name, also where it is given as `.` or through a link.
+fn folder_name(folder: &Path) -> Result<String, PrepError> {
+    let resolved = folder.canonicalize().map_err(crate::checkpoint::io_error("open", folder))?;
+    Ok(resolved.file_name().unwrap_or(resolved.as_os_str()).to_string_lossy().into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bundled() -> std::path::PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/models/relu-llama-8m")
+    }
+
+    fn options(predictor: Option<Predictor>) -> ConvertOptions {
+        ConvertOptions { dtype: None, predictor, n_threads: 2, force: false }
+    }
+
+    #[test]
+    fn calibration_keeps_what_it_promises() {
+        let folder = tempfile::tempdir().expect("a scratch folder");
+        let text = folder.path().join("text.txt");
+        std::fs::write(&text, "It was the best of times, it was the worst of times.\n".repeat(40))
+            .expect("written");
+        let calibration = CalibrationOptions { text: Some(text), n_tokens: 700, target_missed_energy: 0.02 };
+        let options = options(Some(Predictor::Calibrated(calibration)));
+        let out = folder.path().join("out.sinf");
+        let report = convert(&bundled(), &out, &options, &Progress::silent()).expect("converted");
+        // The text has fewer tokens than may be used.
+        let n_tokens = report.calibration_tokens;
+        assert!((400..700).contains(&n_tokens), "{n_tokens}");
+
+        let model = Model::open(&out).expect("valid");
+        let curves = model.layout().calibration_curves(model.bytes()).expect("valid").expect("there");
+        assert_eq!((model.layout().predictors().len(), curves.len()), (8, 8));
+        for (record, curve) in model.layout().predictors().iter().zip(&curves) {
+            assert_eq!((record.kind, u64::from(record.n_tokens)), (PredictorKind::Sign, n_tokens));
+            assert!(record.missed_energy <= 0.02 && record.rows_active < record.rows_kept, "{record:?}");
+            assert_eq!(limit_from_alpha(f64::from(record.alpha), 256), record.limit);
+            let at =
+                curve.iter().position(|point| point.limit == record.limit).expect("the chosen point is kept");
+            assert_eq!(curve[at].missed_energy, record.missed_energy);
+            // The next smaller limit misses too much.
+            assert!(curve[at - 1].missed_energy > 0.02, "{curve:?}");
+            assert!(curve.is_sorted_by(|a, b| a.limit < b.limit && a.rows_kept <= b.rows_kept));
+        }
+        let provenance = model.layout().provenance(model.bytes()).expect("valid").expect("there");
+        let names: Vec<_> = provenance.source_files.iter().map(|file| file.name.as_str()).collect();
+        let expected = ["config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.json"];
+        assert_eq!(names[..4], expected);
+        assert_eq!(provenance.calibration.expect("there").name, "text.txt");
+        assert_eq!(provenance.options[0], ("calibration-tokens".to_owned(), "700".to_owned()));
+    }
+
+    #[test]
+    fn exact_files_have_no_sign_words() {
+        let folder = tempfile::tempdir().expect("a scratch folder");
+        let out = folder.path().join("out.sinf");
+        convert(&bundled(), &out, &options(Some(Predictor::Exact)), &Progress::silent()).expect("converted");
+        let model = Model::open(&out).expect("valid");
+        assert!(model.layout().predictors().iter().all(|record| record.kind == PredictorKind::Off));
+        assert!(model.layout().find(format_spec::SectionKind::GateSigns, Some(0)).is_none());
+    }
+
+    #[test]
+    fn an_interrupt_leaves_nothing_behind() {
+        let folder = tempfile::tempdir().expect("a scratch folder");
+        let progress = Progress::silent();
+        progress.interrupt();
+        let result = convert(&bundled(), &folder.path().join("out.sinf"), &options(None), &progress);
+        assert!(matches!(result, Err(PrepError::Interrupted)), "{result:?}");
+        assert_eq!(std::fs::read_dir(folder.path()).expect("readable").count(), 0);
+    }
+
+    #[test]
+    fn texts_that_calibrate_nothing_are_refused() {
+        let folder = tempfile::tempdir().expect("a scratch folder");
+        let (text, out) = (folder.path().join("text"), folder.path().join("out.sinf"));
+        for (content, words) in [(&b""[..], "text, found none"), (b"\xff\xfe", "UTF-8"), (b"\n<|doc|>\n", "")]
+        {
+            std::fs::write(&text, content).expect("written");
+            let calibration =
+                CalibrationOptions { text: Some(text.clone()), ..CalibrationOptions::DEFAULT.clone() };
+            let result = convert(
+                &bundled(),
+                &out,
+                &options(Some(Predictor::Calibrated(calibration))),
+                &Progress::silent(),
+            );
+            match result {
+                Err(error @ PrepError::CalibrationText { .. }) => {
+                    assert!(error.to_string().contains(words) && !words.is_empty(), "{error}");
+                }
+                // Line ends alone are a text of a few tokens.
+                Ok(report) => assert!(words.is_empty() && report.calibration_tokens > 0, "{report:?}"),
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+}

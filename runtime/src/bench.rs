@@ -1,0 +1,335 @@
+//! Speed of prompts and of decoding, dense, exact and predicted side by side in one process.
+//!
+//! The modes take turns within each repetition, so that a machine that slows down slows all of them. Decoding runs
+//! over a text that the model wrote itself, the same for all modes: rows kept and active are those of real text.
+
+use std::io::{self, Write};
+use std::time::Instant;
+
+use serde::Serialize;
+
+use crate::sampler::{Sampler, SamplerOptions};
+use crate::stats::{RowShares, mean_and_deviation, ratio};
+use crate::{MlpMode, RuntimeError, Session};
+
+/// Longest warm-up, in tokens.
+const N_WARM_UP: usize = 16;
+
+/// What to measure.
+#[derive(Clone, Copy, Debug)]
+pub struct BenchOptions {
+    /// Tokens of the prompt; 0 leaves the row out.
+    pub n_prompt: usize,
+    /// Tokens decoded; 0 leaves the rows out.
+    pub n_decode: usize,
+    /// Repetitions.
+    pub n_repetitions: usize,
+    /// Factor on the stored alphas.
+    pub alpha_scale: f64,
+}
+
+/// Results of one process on one machine.
+#[derive(Clone, Debug, Serialize)]
+pub struct Bench {
+    /// The file.
+    pub model: String,
+    /// What ran it.
+    pub device: String,
+    /// Plain read bandwidth, mean over the repetitions.
+    pub read_gb_per_s: f64,
+    /// One row for each test and mode.
+    pub rows: Vec<BenchRow>,
+}
+
+/// One test in one mode.
+#[derive(Clone, Debug, Serialize)]
+pub struct BenchRow {
+    /// `pp512`: a prompt of 512 tokens; `tg128`: 128 tokens decoded.
+    pub test: String,
+    /// `dense`, `exact` or `predicted`.
+    pub mode: &'static str,
+    /// Mean over the repetitions.
+    pub tok_per_s: f64,
+    /// Sample standard deviation over the repetitions.
+    pub tok_per_s_deviation: f64,
+    /// What only decoding counts.
+    #[serde(flatten)]
+    pub decode: Option<DecodeFigures>,
+}
+
+/// Figures of decoded tokens.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct DecodeFigures {
+    /// Bytes needed by time, in 10^9 bytes/s.
+    pub gb_per_s: f64,
+    /// `gb_per_s` by the measured read bandwidth.
+    pub read_share: f64,
+    /// Speed by that of the dense row.
+    pub speedup: f64,
+    /// Share of gate rows computed.
+    pub rows_kept: f64,
+    /// Share of rows that were active.
+    pub rows_active: f64,
+}
+
+/// One mode being measured.
+#[derive(Debug)]
+struct Contender {
+    name: &'static str,
+    mode: MlpMode,
+    tok_per_s: Vec<f64>,
+    n_bytes: u64,
+    seconds: f64,
+    shares: RowShares,
+}
+
+/// Measures `session`, whose context must hold the longer of the two tests. Leaves it without positions.
+///
+/// # Errors
+/// [`RuntimeError::ContextFull`].
+pub fn bench(session: &mut Session<'_>, options: &BenchOptions) -> Result<Bench, RuntimeError> {
+    let mut contenders =
+        vec![Contender::new("dense", MlpMode::Dense), Contender::new("exact", MlpMode::Exact)];
+    session.set_mode(MlpMode::Stored, options.alpha_scale);
+    if session.limits().iter().any(Option::is_some) {
+        contenders.push(Contender::new("predicted", MlpMode::Stored));
+    }
+    let text = own_text(session, options.n_decode.max(N_WARM_UP).min(session.n_positions_max()))?;
+    let prompt: Vec<u32> = text.iter().copied().cycle().take(options.n_prompt).collect();
+    let decoded = &text[..options.n_decode.min(text.len())];
+    if options.n_decode > decoded.len() {
+        let n_positions_max = session.n_positions_max();
+        return Err(RuntimeError::ContextFull { wanted: options.n_decode, n_positions_max });
+    }
+
+    session.set_mode(MlpMode::Dense, 1.0);
+    session.reset();
+    session.prefill(&prompt)?;
+    for contender in &contenders {
+        contender.run(session, options.alpha_scale, &decoded[..decoded.len().min(N_WARM_UP)])?;
+    }
+    let mut prompt_tok_per_s = Vec::with_capacity(options.n_repetitions);
+    let mut read_gb_per_s = Vec::with_capacity(options.n_repetitions);
+    for _ in 0..options.n_repetitions {
+        session.reset();
+        let started = Instant::now();
+        session.prefill(&prompt)?;
+        prompt_tok_per_s.push(ratio(prompt.len() as f64, started.elapsed().as_secs_f64()));
+        for contender in &mut contenders {
+            let seconds = contender.run(session, options.alpha_scale, decoded)?;
+            contender.record(session, seconds);
+        }
+        read_gb_per_s.push(session.measure_read_gb_per_s());
+    }
+    session.reset();
+
+    let (read_gb_per_s, _) = mean_and_deviation(&read_gb_per_s);
+    let mut rows = Vec::new();
+    if options.n_prompt > 0 {
+        let (tok_per_s, tok_per_s_deviation) = mean_and_deviation(&prompt_tok_per_s);
+        let test = format!("pp{}", options.n_prompt);
+        rows.push(BenchRow { test, mode: "dense", tok_per_s, tok_per_s_deviation, decode: None });
+    }
+    if options.n_decode > 0 {
+        let (dense_tok_per_s, _) = mean_and_deviation(&contenders[0].tok_per_s);
+        rows.extend(contenders.iter().map(|contender| {
+            contender.row(format!("tg{}", options.n_decode), dense_tok_per_s, read_gb_per_s)
+        }));
+    }
+    Ok(Bench { model: session.model().path().to_owned(), device: session.backend(), read_gb_per_s, rows })
+}
+
+/// A text of `n_tokens` that the model writes from BOS, always the same.
+fn own_text(session: &mut Session<'_>, n_tokens: usize) -> Result<Vec<u32>, RuntimeError> {
+    let config = session.model().config();
+    let first = config.bos_token_id.unwrap_or(0);
+    let excluded = &config.eos_token_ids;
+    let mut sampler = Sampler::new(&SamplerOptions::default(), config.vocab_size as usize, excluded);
+    session.set_mode(MlpMode::Dense, 1.0);
+    session.reset();
+    let mut text = vec![first];
+    while text.len() < n_tokens {
+        let logits = session.decode(text[text.len() - 1])?;
+        // Useless logits still take as long to compute as good ones: go on with any token.
+        text.push(sampler.sample(logits).unwrap_or(first));
+    }
+    Ok(text)
+}
+
+impl Contender {
+    fn new(name: &'static str, mode: MlpMode) -> Self {
+        Self { name, mode, tok_per_s: Vec::new(), n_bytes: 0, seconds: 0.0, shares: RowShares::default() }
+    }
+
+    /// Decodes `tokens` in an empty context; returns the seconds it took.
+    fn run(&self, session: &mut Session<'_>, alpha_scale: f64, tokens: &[u32]) -> Result<f64, RuntimeError> {
+        session.set_mode(self.mode, alpha_scale);
+        session.reset();
+        session.reset_usage();
+        let started = Instant::now();
+        for &token in tokens {
+            session.decode(token)?;
+        }
+        Ok(started.elapsed().as_secs_f64())
+    }
+
+    /// Adds what [`Contender::run`] measured.
+    fn record(&mut self, session: &Session<'_>, seconds: f64) {
+        let usage = session.usage();
+        self.tok_per_s.push(ratio(usage.n_tokens as f64, seconds));
+        self.n_bytes += usage.n_bytes;
+        self.seconds += seconds;
+        // The same in every repetition.
+        self.shares = RowShares::of_session(session);
+    }
+
+    fn row(&self, test: String, dense_tok_per_s: f64, read_gb_per_s: f64) -> BenchRow {
+        let (tok_per_s, tok_per_s_deviation) = mean_and_deviation(&self.tok_per_s);
+        let gb_per_s = ratio(self.n_bytes as f64 * 1e-9, self.seconds);
+        let decode = DecodeFigures {
+            gb_per_s,
+            read_share: ratio(gb_per_s, read_gb_per_s),
+            speedup: ratio(tok_per_s, dense_tok_per_s),
+            rows_kept: self.shares.kept,
+            rows_active: self.shares.active,
+        };
+        BenchRow { test, mode: self.name, tok_per_s, tok_per_s_deviation, decode: Some(decode) }
+    }
+}
+
+impl Bench {
+    /// A table for people.
+    ///
+    /// # Errors
+    /// Those of `out`.
+    pub fn write_markdown(&self, out: &mut dyn Write) -> io::Result<()> {
+        writeln!(out, "{} on {}, reads {:.1} GB/s\n", self.model, self.device, self.read_gb_per_s)?;
+        writeln!(
+            out,
+            "| test   | mode      |            tok/s | to dense |    GB/s | of read | rows kept | rows active |"
+        )?;
+        writeln!(
+            out,
+            "|--------|-----------|-----------------:|---------:|--------:|--------:|----------:|------------:|"
+        )?;
+        for row in &self.rows {
+            let speed = format!("{:.2} ± {:.2}", row.tok_per_s, row.tok_per_s_deviation);
+            write!(out, "| {:<6} | {:<9} | {speed:>16} |", row.test, row.mode)?;
+            match &row.decode {
+                Some(decode) => writeln!(
+                    out,
+                    " {:>7.2}x | {:>7.2} | {:>5.1} % | {:>7.1} % | {:>9.1} % |",
+                    decode.speedup,
+                    decode.gb_per_s,
+                    100.0 * decode.read_share,
+                    100.0 * decode.rows_kept,
+                    100.0 * decode.rows_active
+                )?,
+                None => writeln!(out, " {:>8} | {:>7} | {:>7} | {:>9} | {:>11} |", "", "", "", "", "")?,
+            }
+        }
+        Ok(())
+    }
+
+    /// One line of comma-separated values for each row, with a header.
+    ///
+    /// # Errors
+    /// Those of `out`.
+    pub fn write_csv(&self, out: &mut dyn Write) -> io::Result<()> {
+        writeln!(
+            out,
+            "model,device,read_gb_per_s,test,mode,tok_per_s,tok_per_s_deviation,gb_per_s,read_share,speedup,\
+             rows_kept,rows_active"
+        )?;
+        for row in &self.rows {
+            write!(
+                out,
+                "{},{},{:.3},{},{},{:.3},{:.3}",
+                quoted(&self.model),
+                quoted(&self.device),
+                self.read_gb_per_s,
+                row.test,
+                row.mode,
+                row.tok_per_s,
+                row.tok_per_s_deviation
+            )?;
+            match &row.decode {
+                Some(decode) => writeln!(
+                    out,
+                    ",{:.3},{:.4},{:.4},{:.6},{:.6}",
+                    decode.gb_per_s, decode.read_share, decode.speedup, decode.rows_kept, decode.rows_active
+                )?,
+                None => writeln!(out, ",,,,,")?,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// `text` as one field of comma-separated values.
+fn quoted(text: &str) -> String {
+    format!("\"{}\"", text.replace('"', "\"\""))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn example() -> Bench {
+        let prompt = BenchRow {
+            test: "pp512".to_owned(),
+            mode: "dense",
+            tok_per_s: 1000.0,
+            tok_per_s_deviation: 5.5,
+            decode: None,
+        };
+        let figures = DecodeFigures {
+            gb_per_s: 11.0,
+            read_share: 0.5,
+            speedup: 1.8,
+            rows_kept: 0.25,
+            rows_active: 0.125,
+        };
+        let decode = BenchRow {
+            test: "tg128".to_owned(),
+            mode: "predicted",
+            tok_per_s: 20.0,
+            tok_per_s_deviation: 0.25,
+            decode: Some(figures),
+        };
+        Bench {
+            model: "a \"b\".sinf".to_owned(),
+            device: "cpu (avx2, 2 threads)".to_owned(),
+            read_gb_per_s: 22.0,
+            rows: vec![prompt, decode],
+        }
+    }
+
+    fn written(write: impl Fn(&Bench, &mut dyn Write) -> io::Result<()>) -> String {
+        let mut out = Vec::new();
+        write(&example(), &mut out).expect("memory takes all");
+        String::from_utf8(out).expect("UTF-8")
+    }
+
+    #[test]
+    fn tables_have_as_many_cells_in_every_row() {
+        let markdown = written(Bench::write_markdown);
+        let rows: Vec<&str> = markdown.lines().filter(|line| line.starts_with('|')).collect();
+        assert_eq!(rows.len(), 4);
+        assert!(rows.iter().all(|row| row.matches('|').count() == 9), "{markdown}");
+        assert!(rows.iter().all(|row| row.chars().count() == rows[0].chars().count()), "{markdown}");
+        assert!(rows[3].contains("20.00 ± 0.25") && rows[3].contains("1.80x"), "{markdown}");
+    }
+
+    #[test]
+    fn csv_quotes_names_and_leaves_unknown_fields_empty() {
+        let csv = written(Bench::write_csv);
+        let lines: Vec<&str> = csv.lines().collect();
+        assert_eq!(lines[0].split(',').count(), 12);
+        assert_eq!(
+            lines[1],
+            "\"a \"\"b\"\".sinf\",\"cpu (avx2, 2 threads)\",22.000,pp512,dense,1000.000,5.500,,,,,"
+        );
+        assert!(lines[2].ends_with("tg128,predicted,20.000,0.250,11.000,0.5000,1.8000,0.250000,0.125000"));
+    }
+}

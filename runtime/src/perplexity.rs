@@ -1,0 +1,452 @@
+//! Quality over a text: perplexity, and how far the predicted run is from the model's own dense run.
+//!
+//! The text is cut into windows of BOS and `window - 1` tokens that do not overlap; every token but BOS is predicted
+//! from those before it in its window. With l the logits of a position and t the token that follows,
+//!
+//! ```text
+//! nll = log sum_i exp(l_i) - l_t          ppl = exp(mean nll)
+//! KL(dense || predicted) = sum_i p_i (log p_i - log q_i),   p from the dense run, q from the predicted one
+//! ```
+//!
+//! Sums are f64. Logits are held for one batch at a time, never for a window.
+
+use serde::Serialize;
+
+use crate::stats::ratio;
+use crate::{MlpBatch, MlpObserver, Model, RuntimeError, Session};
+
+/// How a text is measured.
+#[derive(Clone, Copy, Debug)]
+pub struct PerplexityOptions {
+    /// Tokens of a window, BOS included.
+    pub window: usize,
+    /// Most windows; none: all that the text fills.
+    pub n_windows: Option<usize>,
+    /// Tokens of a batch; at most what the sessions were made for.
+    pub n_batch: usize,
+    /// Factor on the stored alphas that the session was made with, to report them.
+    pub alpha_scale: f64,
+}
+
+/// Quality of a run over a text.
+#[derive(Clone, Debug, Serialize)]
+pub struct Perplexity {
+    /// Windows measured.
+    pub n_windows: usize,
+    /// Tokens of a window.
+    pub window: usize,
+    /// Tokens predicted.
+    pub n_tokens: u64,
+    /// Mean negative log likelihood of them, in nats.
+    pub mean_nll: f64,
+    /// `exp(mean_nll)`.
+    pub ppl: f64,
+    /// Mean negative log likelihood by window.
+    pub nll_per_window: Vec<f64>,
+    /// Against the dense run, where asked for.
+    #[serde(flatten)]
+    pub divergence: Option<Divergence>,
+    /// By layer.
+    pub layers: Vec<LayerQuality>,
+}
+
+/// Distance from the dense run.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Divergence {
+    /// Perplexity of the dense run.
+    pub dense_ppl: f64,
+    /// Mean over positions of KL(dense || predicted), in nats.
+    pub kl_mean: f64,
+    /// Largest of a position.
+    pub kl_max: f64,
+    /// Share of positions whose most probable token is the same.
+    pub top1_agreement: f64,
+}
+
+/// What the predictor did in one layer. Shares are 0 to 1, over all (token, row) pairs.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct LayerQuality {
+    /// Rows computed.
+    pub rows_kept: f64,
+    /// Rows whose activation is not zero.
+    pub rows_active: f64,
+    /// Share of active rows that are computed; 1 when none is active.
+    pub recall: f64,
+    /// Share of the MLP's output energy in rows left out.
+    pub missed_energy: f64,
+    /// Largest n_neg computed; none where nothing is predicted.
+    pub limit: Option<u32>,
+    /// The ratio that folds into `limit`.
+    pub alpha: Option<f64>,
+}
+
+/// Why a text cannot be measured.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PerplexityError {
+    /// Not even one window.
+    #[error("the text has {n_tokens} tokens, one window of {window} needs {n_needed}")]
+    TextTooShort {
+        /// Tokens of the text.
+        n_tokens: usize,
+        /// Tokens of a window.
+        window: usize,
+        /// Tokens of text that a window takes.
+        n_needed: usize,
+    },
+    /// A window in which nothing can be predicted.
+    #[error("a window of {0} tokens has nothing to predict")]
+    WindowTooSmall(usize),
+    /// The logits of a position are not numbers.
+    #[error("window {window}, position {position}: the logits give a negative log likelihood of {nll}")]
+    NotFinite {
+        /// Window, from 0.
+        window: usize,
+        /// Position in it.
+        position: usize,
+        /// What came out.
+        nll: f64,
+    },
+    /// The forward pass refused.
+    #[error(transparent)]
+    Runtime(#[from] RuntimeError),
+}
+
+impl PerplexityError {
+    /// What to do about it.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::TextTooShort { .. } => Some("give a longer text or a smaller window with -c/--ctx-size"),
+            Self::WindowTooSmall(_) => Some("raise -c/--ctx-size"),
+            Self::NotFinite { .. } => None,
+            Self::Runtime(error) => error.hint(),
+        }
+    }
+}
+
+/// Documents of a text, separated by lines `<|doc|>`, as one text.
+pub fn join_documents(text: &str) -> String {
+    text.replace("<|doc|>", "\n")
+}
+
+/// Measures `text` (ids without BOS) with the rows that `session` keeps, and against `dense`, where given.
+/// `progress` gets the mean negative log likelihood so far after each window.
+///
+/// # Errors
+/// [`PerplexityError`].
+pub fn perplexity(
+    session: &mut Session<'_>,
+    mut dense: Option<&mut Session<'_>>,
+    text: &[u32],
+    options: &PerplexityOptions,
+    progress: &mut dyn FnMut(usize, f64),
+) -> Result<Perplexity, PerplexityError> {
+    let config = session.model().config();
+    let bos = config.bos_token_id;
+    let vocab_size = config.vocab_size as usize;
+    let n_text = options.window.saturating_sub(usize::from(bos.is_some()));
+    if options.window < 2 || n_text == 0 {
+        return Err(PerplexityError::WindowTooSmall(options.window));
+    }
+    if text.len() < n_text {
+        let (n_tokens, window) = (text.len(), options.window);
+        return Err(PerplexityError::TextTooShort { n_tokens, window, n_needed: n_text });
+    }
+    let n_windows = (text.len() / n_text).min(options.n_windows.unwrap_or(usize::MAX));
+    if let Some(&id) = text.iter().find(|&&id| id as usize >= vocab_size) {
+        return Err(RuntimeError::TokenId { id, vocab_size: config.vocab_size }.into());
+    }
+    let n_batch = options.n_batch.max(1);
+    let mut observer = RowObserver::new(session.model());
+    let mut own = Likelihood::default();
+    let mut reference = Likelihood::default();
+    let mut distance = Distance::default();
+    let mut logits = vec![0.0; n_batch * vocab_size];
+    let mut dense_logits = vec![0.0; if dense.is_some() { logits.len() } else { 0 }];
+    let mut nll_per_window = Vec::new();
+
+    for (window_idx, chunk) in text.chunks_exact(n_text).take(n_windows).enumerate() {
+        let window: Vec<u32> = bos.into_iter().chain(chunk.iter().copied()).collect();
+        // The last token predicts nothing of this window.
+        let (inputs, targets) = (&window[..window.len() - 1], &window[1..]);
+        session.reset();
+        dense.iter_mut().for_each(|dense| dense.reset());
+        let before = own;
+        let mut position = 0;
+        for (inputs, targets) in inputs.chunks(n_batch).zip(targets.chunks(n_batch)) {
+            let n_logits = inputs.len() * vocab_size;
+            session.forward_batch(inputs, true, Some(&mut logits[..n_logits]), Some(&mut observer))?;
+            if let Some(dense) = dense.as_deref_mut() {
+                dense.forward_batch(inputs, false, Some(&mut dense_logits[..n_logits]), None)?;
+            }
+            for (logits, &target) in logits.chunks_exact(vocab_size).zip(targets) {
+                let nll = own.add(logits, target);
+                if !nll.is_finite() {
+                    return Err(PerplexityError::NotFinite { window: window_idx, position, nll });
+                }
+                position += 1;
+            }
+            let pairs = dense_logits.chunks_exact(vocab_size).zip(logits.chunks_exact(vocab_size));
+            for ((dense_logits, logits), &target) in pairs.zip(targets) {
+                reference.add(dense_logits, target);
+                distance.add(dense_logits, logits);
+            }
+        }
+        nll_per_window.push(ratio(own.sum_nll - before.sum_nll, (own.n_tokens - before.n_tokens) as f64));
+        progress(window_idx + 1, own.mean());
+    }
+    Ok(Perplexity {
+        n_windows,
+        window: options.window,
+        n_tokens: own.n_tokens,
+        mean_nll: own.mean(),
+        ppl: own.mean().exp(),
+        nll_per_window,
+        divergence: dense.is_some().then(|| distance.divergence(&reference)),
+        layers: observer.layers(session, options.alpha_scale),
+    })
+}
+
+/// Sum of negative log likelihoods.
+#[derive(Clone, Copy, Debug, Default)]
+struct Likelihood {
+    sum_nll: f64,
+    n_tokens: u64,
+}
+
+impl Likelihood {
+    /// Adds the token `target` under `logits` and returns its negative log likelihood.
+    fn add(&mut self, logits: &[f32], target: u32) -> f64 {
+        let nll = log_sum_exp(logits) - f64::from(logits[target as usize]);
+        self.sum_nll += nll;
+        self.n_tokens += 1;
+        nll
+    }
+
+    fn mean(&self) -> f64 {
+        ratio(self.sum_nll, self.n_tokens as f64)
+    }
+}
+
+/// Sums over positions of what separates two runs.
+#[derive(Clone, Copy, Debug, Default)]
+struct Distance {
+    sum_kl: f64,
+    max_kl: f64,
+    n_same_top: u64,
+    n_positions: u64,
+}
+
+impl Distance {
+    /// Adds the distributions of one position.
+    fn add(&mut self, dense: &[f32], predicted: &[f32]) {
+        let (lse_dense, lse_predicted) = (log_sum_exp(dense), log_sum_exp(predicted));
+        let kl: f64 = dense
+            .iter()
+            .zip(predicted)
+            .map(|(&dense, &predicted)| {
+                let log_p = f64::from(dense) - lse_dense;
+                let log_q = f64::from(predicted) - lse_predicted;
+                log_p.exp() * (log_p - log_q)
+            })
+            .sum();
+        // Rounding may give a divergence of equal distributions a tiny negative value.
+        let kl = kl.max(0.0);
+        self.sum_kl += kl;
+        self.max_kl = self.max_kl.max(kl);
+        self.n_same_top += u64::from(top(dense) == top(predicted));
+        self.n_positions += 1;
+    }
+
+    fn divergence(&self, reference: &Likelihood) -> Divergence {
+        let n_positions = self.n_positions as f64;
+        Divergence {
+            dense_ppl: reference.mean().exp(),
+            kl_mean: ratio(self.sum_kl, n_positions),
+            kl_max: self.max_kl,
+            top1_agreement: ratio(self.n_same_top as f64, n_positions),
+        }
+    }
+}
+
+/// Counts rows and energy by layer.
+#[derive(Debug)]
+struct RowObserver {
+    activation: kernels::Activation,
+    /// `|W_down[:, i]|^2` by layer.
+    squared_norms: Vec<Vec<f64>>,
+    counts: Vec<RowCounts>,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct RowCounts {
+    n_pairs: u64,
+    n_kept: u64,
+    n_active: u64,
+    n_active_kept: u64,
+    energy: f64,
+    missed_energy: f64,
+}
+
+impl RowObserver {
+    fn new(model: &Model) -> Self {
+        let n_layers = model.config().num_hidden_layers as usize;
+        Self {
+            activation: model.activation(),
+            squared_norms: (0..n_layers).map(|layer| model.down_squared_norms(layer)).collect(),
+            counts: vec![RowCounts::default(); n_layers],
+        }
+    }
+
+    fn layers(&self, session: &Session<'_>, alpha_scale: f64) -> Vec<LayerQuality> {
+        let records = session.model().layout().predictors();
+        self.counts
+            .iter()
+            .zip(session.limits().iter().zip(records))
+            .map(|(counts, (&limit, record))| {
+                counts.quality(limit, limit.map(|_| f64::from(record.alpha) * alpha_scale))
+            })
+            .collect()
+    }
+}
+
+impl MlpObserver for RowObserver {
+    fn mlp(&mut self, batch: &MlpBatch<'_>) {
+        let squared_norms = &self.squared_norms[batch.layer];
+        let intermediate_size = squared_norms.len();
+        let counts = &mut self.counts[batch.layer];
+        for token in 0..batch.n_tokens {
+            let rows = token * intermediate_size..(token + 1) * intermediate_size;
+            let skip = batch.skip.get(rows.clone()).unwrap_or(&[]);
+            counts.add(&batch.gate[rows.clone()], &batch.h[rows], skip, squared_norms, self.activation);
+        }
+    }
+}
+
+impl RowCounts {
+    /// Adds one token; all slices are `(intermediate_size,)`, `skip` is empty where nothing is left out.
+    fn add(
+        &mut self,
+        gate: &[f32],
+        h: &[f32],
+        skip: &[bool],
+        squared_norms: &[f64],
+        activation: kernels::Activation,
+    ) {
+        for (row, ((&gate, &h), squared_norm)) in gate.iter().zip(h).zip(squared_norms).enumerate() {
+            let kept = !skip.get(row).copied().unwrap_or(false);
+            let active = activation.apply(gate) != 0.0;
+            self.n_pairs += 1;
+            self.n_kept += u64::from(kept);
+            self.n_active += u64::from(active);
+            self.n_active_kept += u64::from(active && kept);
+            let energy = f64::from(h).powi(2) * squared_norm;
+            self.energy += energy;
+            if !kept {
+                self.missed_energy += energy;
+            }
+        }
+    }
+
+    fn quality(&self, limit: Option<u32>, alpha: Option<f64>) -> LayerQuality {
+        let n_pairs = self.n_pairs as f64;
+        let n_active_missed = (self.n_active - self.n_active_kept) as f64;
+        LayerQuality {
+            rows_kept: ratio(self.n_kept as f64, n_pairs),
+            rows_active: ratio(self.n_active as f64, n_pairs),
+            recall: 1.0 - ratio(n_active_missed, self.n_active as f64),
+            missed_energy: ratio(self.missed_energy, self.energy),
+            limit,
+            alpha,
+        }
+    }
+}
+
+/// `log sum_i exp(logits_i)`.
+fn log_sum_exp(logits: &[f32]) -> f64 {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|&logit| (f64::from(logit) - f64::from(max)).exp()).sum();
+    f64::from(max) + sum.ln()
+}
+
+/// Index of the largest logit, the first of equal ones.
+fn top(logits: &[f32]) -> usize {
+    let mut top = 0;
+    for (idx, &logit) in logits.iter().enumerate() {
+        if logit > logits[top] {
+            top = idx;
+        }
+    }
+    top
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn assert_close(found: f64, expected: f64) {
+        assert!((found - expected).abs() < 1e-12, "{found} is not {expected}");
+    }
+
+    /// Logits of probabilities, rounded to f32 and moved by a constant that must not matter.
+    fn logits_of(probabilities: &[f64]) -> Vec<f32> {
+        probabilities.iter().map(|p| p.ln() as f32 + 7.0).collect()
+    }
+
+    #[test]
+    fn the_likelihood_is_that_of_the_softmax() {
+        let mut likelihood = Likelihood::default();
+        assert_close(likelihood.add(&[2.0, 2.0, 2.0, 2.0], 3), 4.0_f64.ln());
+        assert_close(likelihood.add(&[1e4, 0.0], 0), 0.0);
+        assert_close(likelihood.add(&[1e4, 0.0], 1), 1e4);
+        assert_close(likelihood.mean(), (4.0_f64.ln() + 1e4) / 3.0);
+        assert!(likelihood.add(&[f32::NAN, 0.0], 1).is_nan());
+    }
+
+    #[test]
+    fn the_divergence_is_the_one_of_the_definition() {
+        let mut distance = Distance::default();
+        let (p, q) = ([0.5, 0.25, 0.25], [0.25, 0.5, 0.25]);
+        distance.add(&logits_of(&p), &logits_of(&q));
+        // 0.5 ln 2 - 0.25 ln 2.
+        assert!((distance.sum_kl - 0.25 * 2.0_f64.ln()).abs() < 1e-6, "{distance:?}");
+        assert_eq!(distance.n_same_top, 0);
+        distance.add(&logits_of(&p), &logits_of(&p));
+        let divergence = distance.divergence(&Likelihood { sum_nll: 0.0, n_tokens: 2 });
+        assert!((divergence.kl_mean - 0.125 * 2.0_f64.ln()).abs() < 1e-6);
+        assert!((divergence.kl_max - 0.25 * 2.0_f64.ln()).abs() < 1e-6);
+        assert_close(divergence.top1_agreement, 0.5);
+        assert_close(divergence.dense_ppl, 1.0);
+    }
+
+    #[test]
+    fn rows_and_energy_are_counted_by_hand() {
+        let mut counts = RowCounts::default();
+        // Active: rows 0, 2 and 3. Left out: rows 1 and 3. Energies: 4 * 1, 0, 1 * 8, 1 * 4.
+        counts.add(
+            &[1.0, -1.0, 0.5, 2.0],
+            &[2.0, 0.0, -1.0, 1.0],
+            &[false, true, false, true],
+            &[1.0, 100.0, 8.0, 4.0],
+            kernels::Activation::Relu,
+        );
+        let quality = counts.quality(Some(3), Some(1.5));
+        assert_close(quality.rows_kept, 0.5);
+        assert_close(quality.rows_active, 0.75);
+        assert_close(quality.recall, 2.0 / 3.0);
+        assert_close(quality.missed_energy, 4.0 / 16.0);
+        assert_eq!((quality.limit, quality.alpha), (Some(3), Some(1.5)));
+
+        let mut counts = RowCounts::default();
+        counts.add(&[-1.0], &[0.0], &[], &[1.0], kernels::Activation::Relu);
+        let quality = counts.quality(None, None);
+        assert_close(quality.rows_kept, 1.0);
+        assert_close(quality.recall, 1.0);
+        assert_close(quality.missed_energy, 0.0);
+    }
+
+    #[test]
+    fn documents_are_joined_by_a_newline() {
+        assert_eq!(join_documents("<|doc|>\na\n<|doc|>\nb"), "\n\na\n\n\nb");
+    }
+}

@@ -1,0 +1,424 @@
+//! The next token from logits.
+//!
+//! The chain is llama.cpp's: repeat penalty, top-k, top-p, min-p, temperature, draw. Candidates are ordered by
+//! logit, ties by the lower id, sums run in that order in f64, and the only randomness is ChaCha8 from the seed: the
+//! same logits, options and seed give the same token. Nothing is allocated after construction.
+
+use std::cmp::Ordering;
+
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+
+/// Tokens that the repeat penalty looks back on (llama.cpp's `repeat_last_n`).
+const N_PENALISED: usize = 64;
+
+/// How tokens are chosen. The defaults are llama.cpp's.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SamplerOptions {
+    /// Divides the logits before the draw; 0 takes the most probable token.
+    pub temp: f64,
+    /// Candidates kept; 0 keeps all.
+    pub top_k: usize,
+    /// Keeps the fewest candidates whose probabilities reach this sum; 1 keeps all.
+    pub top_p: f64,
+    /// Keeps candidates at least this probable in relation to the best; 0 keeps all.
+    pub min_p: f64,
+    /// Lowers the logits of the last 64 tokens; 1 leaves them.
+    pub repeat_penalty: f64,
+    /// Start of the random sequence.
+    pub seed: u64,
+}
+
+impl Default for SamplerOptions {
+    fn default() -> Self {
+        Self { temp: 0.8, top_k: 40, top_p: 0.95, min_p: 0.05, repeat_penalty: 1.0, seed: 0 }
+    }
+}
+
+/// Why no token can be chosen.
+#[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SampleError {
+    /// A logit that is NaN or infinite.
+    #[error("the logit of token {id} is {logit}")]
+    Logit {
+        /// The token.
+        id: usize,
+        /// Its logit.
+        logit: f32,
+    },
+    /// Every token is excluded, or there are no logits.
+    #[error("no token is left to choose from")]
+    Empty,
+}
+
+/// A token and its logit.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Candidate {
+    /// Token.
+    pub id: u32,
+    /// Its logit.
+    pub logit: f32,
+}
+
+impl Candidate {
+    /// Larger logits first, ties by the lower id.
+    fn order(&self, other: &Self) -> Ordering {
+        other.logit.partial_cmp(&self.logit).unwrap_or(Ordering::Equal).then(self.id.cmp(&other.id))
+    }
+}
+
+/// Chooses tokens.
+#[derive(Debug)]
+pub struct Sampler {
+    options: SamplerOptions,
+    rng: ChaCha8Rng,
+    adjustment: Adjustment,
+    candidates: Vec<Candidate>,
+    weights: Vec<f64>,
+}
+
+impl Sampler {
+    /// A sampler over `vocab_size` tokens that never chooses one of `excluded`.
+    pub fn new(options: &SamplerOptions, vocab_size: usize, excluded: &[u32]) -> Self {
+        Self {
+            options: *options,
+            rng: ChaCha8Rng::seed_from_u64(options.seed),
+            adjustment: Adjustment {
+                repeat_penalty: options.repeat_penalty as f32,
+                recent: Vec::with_capacity(N_PENALISED),
+                next_recent: 0,
+                excluded: excluded.to_vec(),
+                logits: Vec::with_capacity(vocab_size),
+            },
+            candidates: Vec::with_capacity(2 * vocab_size),
+            weights: Vec::with_capacity(vocab_size),
+        }
+    }
+
+    /// Tells the repeat penalty of a token of the text.
+    pub fn accept(&mut self, id: u32) {
+        self.adjustment.accept(id);
+    }
+
+    /// The next token for `logits`, `(vocab_size,)`.
+    ///
+    /// # Errors
+    /// [`SampleError::Logit`] for NaN and infinities, [`SampleError::Empty`] when nothing may be chosen.
+    pub fn sample(&mut self, logits: &[f32]) -> Result<u32, SampleError> {
+        if let Some((id, &logit)) = logits.iter().enumerate().find(|(_, logit)| !logit.is_finite()) {
+            return Err(SampleError::Logit { id, logit });
+        }
+        let SamplerOptions { temp, top_k, top_p, min_p, .. } = self.options;
+        let logits = self.adjustment.apply(logits);
+        let n_kept = match top_k {
+            _ if temp == 0.0 => 1,
+            0 => logits.len(),
+            top_k => top_k,
+        };
+        largest(logits, n_kept, &mut self.candidates);
+        // An excluded token is at minus infinity, behind all others.
+        keep_while(&mut self.candidates, |candidate| candidate.logit > f32::NEG_INFINITY);
+        let best = *self.candidates.first().ok_or(SampleError::Empty)?;
+        if temp == 0.0 {
+            return Ok(best.id);
+        }
+        if top_p < 1.0 {
+            let total = weigh(&self.candidates, 1.0, &mut self.weights);
+            self.candidates.truncate(reach(&self.weights, top_p * total) + 1);
+        }
+        if min_p > 0.0 {
+            // p / p_best >= min_p, in logits.
+            let least = f64::from(best.logit) + min_p.ln();
+            keep_while(&mut self.candidates, |candidate| f64::from(candidate.logit) >= least);
+        }
+        let total = weigh(&self.candidates, temp, &mut self.weights);
+        let chosen = reach(&self.weights, uniform(&mut self.rng) * total);
+        Ok(self.candidates[chosen].id)
+    }
+}
+
+/// What is done to logits before candidates are taken from them.
+#[derive(Debug)]
+struct Adjustment {
+    repeat_penalty: f32,
+    /// The last tokens; the oldest is overwritten once there are [`N_PENALISED`].
+    recent: Vec<u32>,
+    /// Where in `recent` the next token goes.
+    next_recent: usize,
+    /// Tokens never chosen.
+    excluded: Vec<u32>,
+    /// The adjusted logits.
+    logits: Vec<f32>,
+}
+
+impl Adjustment {
+    fn accept(&mut self, id: u32) {
+        if self.recent.len() < N_PENALISED {
+            self.recent.push(id);
+        } else {
+            self.recent[self.next_recent] = id;
+        }
+        self.next_recent = (self.next_recent + 1) % N_PENALISED;
+    }
+
+    /// `logits` with the repeat penalty and without excluded tokens; as they are where there is nothing to do.
+    fn apply<'a>(&'a mut self, logits: &'a [f32]) -> &'a [f32] {
+        let penalised: &[u32] = if self.repeat_penalty == 1.0 { &[] } else { &self.recent };
+        if penalised.is_empty() && self.excluded.is_empty() {
+            return logits;
+        }
+        self.logits.clear();
+        self.logits.extend_from_slice(logits);
+        for &id in penalised {
+            // Computed from the original, so that a token repeated in the window is penalised once.
+            if let (Some(adjusted), Some(&logit)) =
+                (self.logits.get_mut(id as usize), logits.get(id as usize))
+            {
+                let lowered =
+                    if logit > 0.0 { logit / self.repeat_penalty } else { logit * self.repeat_penalty };
+                *adjusted = lowered.clamp(f32::MIN, f32::MAX);
+            }
+        }
+        for &id in &self.excluded {
+            if let Some(adjusted) = self.logits.get_mut(id as usize) {
+                *adjusted = f32::NEG_INFINITY;
+            }
+        }
+        &self.logits
+    }
+}
+
+/// The `n` largest logits in order into `out`, which needs room for `2 n` to not allocate.
+///
+/// One pass: what is smaller than the n-th largest so far is never stored, and the store is cut to n when it
+/// has grown to twice that.
+pub fn largest(logits: &[f32], n: usize, out: &mut Vec<Candidate>) {
+    out.clear();
+    let n = n.min(logits.len());
+    if n == 0 {
+        return;
+    }
+    let mut threshold = f32::NEG_INFINITY;
+    let mut is_full = false;
+    for (id, &logit) in logits.iter().enumerate() {
+        // A tie with the threshold has a higher id than what is stored, so it loses.
+        if is_full && logit <= threshold {
+            continue;
+        }
+        out.push(Candidate { id: id as u32, logit });
+        if out.len() == 2 * n {
+            out.select_nth_unstable_by(n - 1, Candidate::order);
+            out.truncate(n);
+            threshold = out[n - 1].logit;
+            is_full = true;
+        }
+    }
+    out.sort_unstable_by(Candidate::order);
+    out.truncate(n);
+}
+
+/// Drops everything from the first candidate on that is not `good`.
+fn keep_while(candidates: &mut Vec<Candidate>, good: impl Fn(&Candidate) -> bool) {
+    candidates.truncate(candidates.partition_point(good));
+}
+
+/// Uniform in [0, 1) with 53 random bits.
+fn uniform(rng: &mut ChaCha8Rng) -> f64 {
+    (rng.next_u64() >> 11) as f64 * (1.0 / (1_u64 << 53) as f64)
+}
+
+/// Weights `exp((logit - best) / temp)` of `candidates` in order, and their sum.
+fn weigh(candidates: &[Candidate], temp: f64, weights: &mut Vec<f64>) -> f64 {
+    weights.clear();
+    let best = candidates.first().map_or(0.0, |candidate| f64::from(candidate.logit));
+    weights.extend(candidates.iter().map(|candidate| ((f64::from(candidate.logit) - best) / temp).exp()));
+    weights.iter().sum()
+}
+
+/// The index at which the running sum of `weights` reaches `sum`; the last one should rounding leave it just below.
+fn reach(weights: &[f64], sum: f64) -> usize {
+    let mut running = 0.0;
+    weights
+        .iter()
+        .position(|weight| {
+            running += weight;
+            running >= sum
+        })
+        .unwrap_or(weights.len().saturating_sub(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// No filter, no penalty, temperature 1.
+    const PLAIN: SamplerOptions =
+        SamplerOptions { temp: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, repeat_penalty: 1.0, seed: 1 };
+    const GREEDY: SamplerOptions = SamplerOptions { temp: 0.0, ..PLAIN };
+
+    /// How often each token is drawn in `n` draws.
+    fn count(options: SamplerOptions, logits: &[f32], n: usize) -> Vec<usize> {
+        let mut sampler = Sampler::new(&options, logits.len(), &[]);
+        let mut counts = vec![0; logits.len()];
+        for _ in 0..n {
+            counts[sampler.sample(logits).expect("finite") as usize] += 1;
+        }
+        counts
+    }
+
+    /// Logits of probabilities.
+    fn logits_of(probabilities: &[f32]) -> Vec<f32> {
+        probabilities.iter().map(|p| p.ln()).collect()
+    }
+
+    #[test]
+    fn greedy_takes_the_largest_and_ties_go_to_the_lower_id() {
+        let mut sampler = Sampler::new(&GREEDY, 5, &[]);
+        assert_eq!(sampler.sample(&[0.0, 3.0, -1.0, 3.0, 2.0]), Ok(1));
+        assert_eq!(sampler.sample(&[-0.0, 0.0, -1.0, -3.0, -2.0]), Ok(0));
+        assert_eq!(sampler.sample(&[-5.0; 5]), Ok(0));
+    }
+
+    #[test]
+    fn draws_follow_the_probabilities() {
+        let counts = count(PLAIN, &logits_of(&[0.5, 0.25, 0.125, 0.125]), 80_000);
+        for (count, expected) in counts.iter().zip([40_000, 20_000, 10_000, 10_000]) {
+            // Five standard deviations of a binomial count are below 710.
+            assert!(count.abs_diff(expected) < 710, "{counts:?}");
+        }
+        // Temperature 0.5 squares them: 16 : 4 : 1 : 1.
+        let counts =
+            count(SamplerOptions { temp: 0.5, ..PLAIN }, &logits_of(&[0.5, 0.25, 0.125, 0.125]), 88_000);
+        for (count, expected) in counts.iter().zip([64_000, 16_000, 4_000, 4_000]) {
+            assert!(count.abs_diff(expected) < 710, "{counts:?}");
+        }
+    }
+
+    /// Which tokens can be drawn.
+    fn drawn(options: SamplerOptions, logits: &[f32]) -> Vec<usize> {
+        let counts = count(options, logits, 4_000);
+        (0..logits.len()).filter(|&id| counts[id] > 0).collect()
+    }
+
+    #[test]
+    fn filters_keep_what_they_should() {
+        let logits = logits_of(&[0.1, 0.4, 0.2, 0.3]);
+        assert_eq!(drawn(SamplerOptions { top_k: 2, ..PLAIN }, &logits), [1, 3]);
+        assert_eq!(drawn(SamplerOptions { top_k: 9, ..PLAIN }, &logits), [0, 1, 2, 3]);
+        // 0.4 does not reach 0.6, 0.4 + 0.3 does.
+        assert_eq!(drawn(SamplerOptions { top_p: 0.6, ..PLAIN }, &logits), [1, 3]);
+        assert_eq!(drawn(SamplerOptions { top_p: 0.0, ..PLAIN }, &logits), [1]);
+        // 0.2 / 0.4 is not below 0.4, 0.1 / 0.4 is.
+        assert_eq!(drawn(SamplerOptions { min_p: 0.4, ..PLAIN }, &logits), [1, 2, 3]);
+        assert_eq!(drawn(SamplerOptions { min_p: 1.0, ..PLAIN }, &logits), [1]);
+    }
+
+    /// Top-k comes first: of 0.4, 0.3, 0.2 the first two have 7/9 of the mass, so a top-p of 0.75 is reached.
+    #[test]
+    fn filters_run_in_the_order_of_llama_cpp() {
+        let logits = logits_of(&[0.1, 0.4, 0.2, 0.3]);
+        assert_eq!(drawn(SamplerOptions { top_p: 0.75, ..PLAIN }, &logits), [1, 2, 3]);
+        assert_eq!(drawn(SamplerOptions { top_k: 3, top_p: 0.75, ..PLAIN }, &logits), [1, 3]);
+        // The temperature comes last: it does not move what min-p keeps.
+        assert_eq!(drawn(SamplerOptions { min_p: 0.4, temp: 5.0, ..PLAIN }, &logits), [1, 2, 3]);
+    }
+
+    #[test]
+    fn the_penalty_lowers_recent_tokens_once_and_forgets_old_ones() {
+        let logits = [2.0, 1.5, -1.0, -1.2];
+        let mut sampler = Sampler::new(&SamplerOptions { repeat_penalty: 2.0, ..GREEDY }, 4, &[]);
+        assert_eq!(sampler.sample(&logits), Ok(0));
+        sampler.accept(0);
+        sampler.accept(0);
+        // 2.0 / 2 = 1.0 < 1.5, and not 0.5.
+        assert_eq!(sampler.sample(&logits), Ok(1));
+        assert_eq!(sampler.sample(&[2.0, 0.9, -1.0, -1.2]), Ok(0));
+        // Negative logits move down: -1.0 * 2.
+        sampler.accept(2);
+        assert_eq!(sampler.sample(&[-9.0, -9.0, -1.0, -1.2]), Ok(3));
+        // Ids outside the vocabulary are nobody's.
+        (0..64).for_each(|_| sampler.accept(77));
+        assert_eq!(sampler.sample(&logits), Ok(0));
+    }
+
+    #[test]
+    fn excluded_tokens_are_never_chosen() {
+        let mut sampler = Sampler::new(&GREEDY, 3, &[1, 9]);
+        assert_eq!(sampler.sample(&[0.0, 5.0, 1.0]), Ok(2));
+        let mut sampler = Sampler::new(&PLAIN, 2, &[0, 1]);
+        assert_eq!(sampler.sample(&[0.0, 5.0]), Err(SampleError::Empty));
+    }
+
+    #[test]
+    fn numbers_that_are_none_are_errors() {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for options in [GREEDY, PLAIN, SamplerOptions::default()] {
+                let found = Sampler::new(&options, 3, &[]).sample(&[0.0, bad, 1.0]);
+                assert!(matches!(found, Err(SampleError::Logit { id: 1, .. })), "{bad}: {found:?}");
+            }
+        }
+        assert_eq!(Sampler::new(&PLAIN, 0, &[]).sample(&[]), Err(SampleError::Empty));
+    }
+
+    /// Fixed once: a change of these ids changes everyone's seeded texts.
+    #[test]
+    fn a_seed_means_the_same_tokens_for_ever() {
+        let logits: Vec<f32> = (0..1000).map(|i| ((i * 37 % 101) as f32) / 10.0).collect();
+        let mut sampler = Sampler::new(&SamplerOptions { seed: 42, ..SamplerOptions::default() }, 1000, &[]);
+        let ids: Vec<u32> = (0..8).map(|_| sampler.sample(&logits).expect("finite")).collect();
+        assert_eq!(ids, [393, 524, 464, 191, 939, 434, 939, 898]);
+    }
+
+    proptest! {
+        #[test]
+        fn largest_equals_a_full_sort(
+            logits in prop::collection::vec(prop_oneof![-3.0_f32..3.0, Just(0.0), Just(1.0)], 0..60),
+            n in 0_usize..70,
+        ) {
+            let mut expected: Vec<Candidate> =
+                logits.iter().zip(0..).map(|(&logit, id)| Candidate { id, logit }).collect();
+            expected.sort_by(Candidate::order);
+            expected.truncate(n);
+            let mut found = Vec::with_capacity(2 * n);
+            largest(&logits, n, &mut found);
+            prop_assert_eq!(found, expected);
+        }
+
+        #[test]
+        fn any_finite_logits_give_a_token_of_the_vocabulary_and_allocate_nothing(
+            logits in prop::collection::vec(prop_oneof![
+                -30.0_f32..30.0, Just(f32::MAX), Just(f32::MIN), Just(f32::MIN_POSITIVE)
+            ], 1..40),
+            temp in prop_oneof![Just(0.0_f64), 1e-30_f64..1e30],
+            top_k in 0_usize..50,
+            top_p in 0.0_f64..=1.0,
+            min_p in 0.0_f64..=1.0,
+            repeat_penalty in 1e-30_f64..1e30,
+            seed: u64,
+        ) {
+            let options = SamplerOptions { temp, top_k, top_p, min_p, repeat_penalty, seed };
+            let draw = || {
+                let mut sampler = Sampler::new(&options, logits.len(), &[]);
+                let capacities = |s: &Sampler| {
+                    (s.candidates.capacity(), s.weights.capacity(), s.adjustment.logits.capacity())
+                };
+                let before = capacities(&sampler);
+                let ids: Vec<u32> = (0..70)
+                    .map(|_| {
+                        let id = sampler.sample(&logits).expect("finite");
+                        sampler.accept(id);
+                        id
+                    })
+                    .collect();
+                assert_eq!(capacities(&sampler), before);
+                ids
+            };
+            let ids = draw();
+            prop_assert!(ids.iter().all(|&id| (id as usize) < logits.len()));
+            prop_assert_eq!(draw(), ids);
+        }
+    }
+}
