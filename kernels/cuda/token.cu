@@ -86,6 +86,17 @@ extern "C" __global__ __launch_bounds__(1024) void greedy(const __grid_constant_
     }
 }
 
+// set_state: the host says what comes next.
+struct SetStateArgs {
+    State* state;
+    State next;
+};
+
+extern "C" __global__ void set_state(const __grid_constant__ SetStateArgs a) {
+    wait_for_previous();
+    *a.state = a.next;
+}
+
 // advance: position moves on; the host chooses the next token.
 extern "C" __global__ void advance(State* state) {
     wait_for_previous();

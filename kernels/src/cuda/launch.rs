@@ -421,6 +421,13 @@ struct GreedyArgs {
 }
 
 #[repr(C)]
+struct SetStateArgs {
+    state: u64,
+    token: u32,
+    position: u32,
+}
+
+#[repr(C)]
 struct ReadAllArgs {
     memory: u64,
     sum: u64,
@@ -742,6 +749,17 @@ impl Device {
         };
         // SAFETY: the kernel keeps to the lengths it is given.
         unsafe { self.launch("greedy", [1, 1, 1], 1024, 0, &args) }
+    }
+
+    /// `state` becomes `token` at `position`.
+    ///
+    /// # Errors
+    /// [`CudaError::Shape`].
+    pub fn set_state(&self, state: View<'_>, token: u32, position: usize) -> Result<(), CudaError> {
+        check_state(state)?;
+        let args = SetStateArgs { state: state.address(), token, position: position as u32 };
+        // SAFETY: the state was checked.
+        unsafe { self.launch("set_state", [1, 1, 1], 1, 0, &args) }
     }
 
     /// The position of `state` moves on.
