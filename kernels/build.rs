@@ -28,10 +28,14 @@ fn main() {
             format!("Some(include_bytes!({:?}))", fatbin.display().to_string())
         }
         None if env::var("SINF_REQUIRE_CUDA").is_ok_and(|value| value == "1") => {
-            panic!("SINF_REQUIRE_CUDA=1 and no nvcc: set SINF_NVCC, CUDA_HOME or PATH, or run cuda/install-nvcc.sh");
+            panic!(
+                "SINF_REQUIRE_CUDA=1 and no nvcc: set SINF_NVCC, CUDA_HOME or PATH, or run cuda/install-nvcc.sh"
+            );
         }
         None => {
-            println!("cargo::warning=no nvcc found: built without CUDA (kernels/cuda/install-nvcc.sh installs one)");
+            println!(
+                "cargo::warning=no nvcc found: built without CUDA (kernels/cuda/install-nvcc.sh installs one)"
+            );
             "None".into()
         }
     };

@@ -1,7 +1,7 @@
 //! Times of the CUDA kernels, each alone and a whole token as one graph, at the shapes of models:
 //!
 //! ```sh
-//! cargo bench -p kernels --bench cuda -- 7b [--context 512] [--keep 0.2] [--ahead N]... [--no-overlap] [--verbose]
+//! cargo bench -p kernels --bench cuda -- 7b [--context 512] [--keep 0.2] [--ahead N]... [--overlap] [--verbose]
 //! ```
 //!
 //! Weights are random and each layer has its own, so that they come from memory, as in a text. Limits keep the asked
@@ -13,8 +13,9 @@ use std::time::Instant;
 
 use half::f16;
 use kernels::cuda::{
-    AttentionCall, AttentionScratch, Buffer, CudaError, DecodeCall, DecodeLayer, DecodeScratch, Device, DeviceLimits, DeviceMatrix, DeviceRows, DownCall,
-    DownScratch, Dtype, GateUpCall, MatvecCall, QkvCall, View,
+    AttentionCall, AttentionScratch, Buffer, CudaError, DecodeCall, DecodeLayer, DecodeScratch, Device,
+    DeviceLimits, DeviceMatrix, DeviceRows, DownCall, DownScratch, Dtype, GateUpCall, MatvecCall, QkvCall,
+    View,
 };
 use kernels::{Activation, AttentionShape};
 
@@ -35,15 +36,45 @@ struct Shape {
 }
 
 const SHAPES: [Shape; 4] = [
-    Shape { name: "46m", d: 512, f: 1376, n_layers: 12, n_heads: 4, n_kv_heads: 4, head_dim: 128, vocab_size: 8192 },
     Shape {
-        name: "1b", d: 2048, f: 5504, n_layers: 16, n_heads: 32, n_kv_heads: 8, head_dim: 64, vocab_size: 32000
+        name: "46m",
+        d: 512,
+        f: 1376,
+        n_layers: 12,
+        n_heads: 4,
+        n_kv_heads: 4,
+        head_dim: 128,
+        vocab_size: 8192,
     },
     Shape {
-        name: "7b", d: 4096, f: 11008, n_layers: 32, n_heads: 32, n_kv_heads: 32, head_dim: 128, vocab_size: 32000
+        name: "1b",
+        d: 2048,
+        f: 5504,
+        n_layers: 16,
+        n_heads: 32,
+        n_kv_heads: 8,
+        head_dim: 64,
+        vocab_size: 32000,
     },
     Shape {
-        name: "13b", d: 5120, f: 13824, n_layers: 40, n_heads: 40, n_kv_heads: 40, head_dim: 128, vocab_size: 32000
+        name: "7b",
+        d: 4096,
+        f: 11008,
+        n_layers: 32,
+        n_heads: 32,
+        n_kv_heads: 32,
+        head_dim: 128,
+        vocab_size: 32000,
+    },
+    Shape {
+        name: "13b",
+        d: 5120,
+        f: 13824,
+        n_layers: 40,
+        n_heads: 40,
+        n_kv_heads: 40,
+        head_dim: 128,
+        vocab_size: 32000,
     },
 ];
 
@@ -116,7 +147,15 @@ impl Shape {
     /// Elements before each matrix of a layer: q, k, v, o, gate, up, down, and the end, where the sign words begin.
     fn offsets(&self) -> [usize; 8] {
         let (q, kv) = (self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim);
-        let sizes = [q * self.d, kv * self.d, kv * self.d, q * self.d, self.f * self.d, self.f * self.d, self.f * self.d];
+        let sizes = [
+            q * self.d,
+            kv * self.d,
+            kv * self.d,
+            q * self.d,
+            self.f * self.d,
+            self.f * self.d,
+            self.f * self.d,
+        ];
         let mut offsets = [0; 8];
         for (i, size) in sizes.into_iter().enumerate() {
             offsets[i + 1] = offsets[i] + size;
@@ -135,7 +174,10 @@ impl Bench {
         let mut bytes: Vec<u8> = bytemuck::cast_slice(&weights).to_vec();
         for row in weights[offsets[4]..offsets[5]].chunks_exact(d) {
             for part in row.chunks(32) {
-                let word = part.iter().enumerate().fold(0u32, |word, (i, v)| word | u32::from(v.to_f32() < 0.0) << i);
+                let word = part
+                    .iter()
+                    .enumerate()
+                    .fold(0u32, |word, (i, v)| word | u32::from(v.to_f32() < 0.0) << i);
                 bytes.extend(word.to_le_bytes());
             }
         }
@@ -209,7 +251,13 @@ impl Bench {
     }
 
     /// Matrix `i` of a layer, in the order of [`Shape::offsets`].
-    fn matrix(&self, layer: usize, i: usize, n_rows: usize, n_cols: usize) -> Result<DeviceMatrix<'_>, CudaError> {
+    fn matrix(
+        &self,
+        layer: usize,
+        i: usize,
+        n_rows: usize,
+        n_cols: usize,
+    ) -> Result<DeviceMatrix<'_>, CudaError> {
         let view = self.layers[layer].weights.view();
         let view = view.slice(self.shape.offsets()[i] * 2, n_rows * n_cols * 2);
         DeviceMatrix::new(view, Dtype::F16, n_rows, n_cols)
@@ -393,12 +441,17 @@ impl Bench {
         let mut logits = [0, 1].map(|_| vec![0.0f32; self.shape.vocab_size]);
         for (way, logits) in logits.iter_mut().enumerate() {
             self.device.write(self.state.view(), &[7u32, self.context as u32])?;
-            if way == 0 { self.token(mode)? } else { self.decode(mode)? }
+            if way == 0 {
+                self.token(mode)?
+            } else {
+                self.decode(mode)?
+            }
             self.device.read(self.logits.view(), logits)?;
         }
         let largest = logits[0].iter().fold(0.0f32, |largest, v| largest.max(v.abs()));
         let pairs = logits[0].iter().zip(&logits[1]);
-        Ok(pairs.fold(0.0f32, |worst, (a, b)| if (a - b).abs() <= worst { worst } else { (a - b).abs() }) / largest)
+        Ok(pairs.fold(0.0f32, |worst, (a, b)| if (a - b).abs() <= worst { worst } else { (a - b).abs() })
+            / largest)
     }
 
     fn report(&self, keep: f64, gb_per_s: f64, verbose: bool) -> Result<(), CudaError> {
@@ -489,8 +542,8 @@ fn main() -> Result<(), CudaError> {
     let keeps = Some(values("--keep")).filter(|keeps| !keeps.is_empty()).unwrap_or_else(|| vec![0.2]);
     let verbose = args.iter().any(|arg| arg == "--verbose");
     let mut device = Device::open(0)?;
-    if args.iter().any(|arg| arg == "--no-overlap") {
-        device = device.without_overlap();
+    if args.iter().any(|arg| arg == "--overlap") {
+        device = device.with_overlap();
     }
     let gb_per_s = device.measure_read_gb_per_s()?;
     println!("{:?}\nread {gb_per_s:.0} GB/s, overlap {}", device.info(), device.overlaps());

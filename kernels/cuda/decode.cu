@@ -30,7 +30,7 @@ constexpr int DECODE_THREADS = DECODE_WARPS * WARP;
 // 16-byte loads of a lane in an item.
 constexpr int ITEM_LOADS = 8;
 // Rows that a warp has in flight where rows are chosen at run time.
-constexpr int ROWS_IN_FLIGHT = 4;
+constexpr int ROWS_IN_FLIGHT = 3;
 constexpr int DOWN_LANES = 16;
 constexpr int DOWN_IN_FLIGHT = 20;
 constexpr int DOWN_ROUND = 2 * DOWN_IN_FLIGHT;
@@ -125,21 +125,16 @@ __device__ __forceinline__ void copy_async(uint32_t to_shared, const void* from)
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most n of the latest groups are in flight.
-__device__ __forceinline__ void wait_copies(int n) {
-    switch (n) {
-        case 1: asm volatile("cp.async.wait_group 1;" ::: "memory"); break;
-        case 2: asm volatile("cp.async.wait_group 2;" ::: "memory"); break;
-        case 3: asm volatile("cp.async.wait_group 3;" ::: "memory"); break;
-        case 4: asm volatile("cp.async.wait_group 4;" ::: "memory"); break;
-        case 5: asm volatile("cp.async.wait_group 5;" ::: "memory"); break;
-        case 6: asm volatile("cp.async.wait_group 6;" ::: "memory"); break;
-        case 7: asm volatile("cp.async.wait_group 7;" ::: "memory"); break;
-        case 8: asm volatile("cp.async.wait_group 8;" ::: "memory"); break;
-        case 9: asm volatile("cp.async.wait_group 9;" ::: "memory"); break;
-        case 10: asm volatile("cp.async.wait_group 10;" ::: "memory"); break;
-        case 11: asm volatile("cp.async.wait_group 11;" ::: "memory"); break;
-        default: asm volatile("cp.async.wait_group 0;" ::: "memory"); break;
+// Waits until at most n_slots - 1 of the latest groups are in flight, for the numbers of slots that the host chooses.
+__device__ __forceinline__ void wait_copies(int n_slots) {
+    if (n_slots == 5) {
+        asm volatile("cp.async.wait_group 4;" ::: "memory");
+    } else if (n_slots == 3) {
+        asm volatile("cp.async.wait_group 2;" ::: "memory");
+    } else if (n_slots == 9) {
+        asm volatile("cp.async.wait_group 8;" ::: "memory");
+    } else {
+        asm volatile("cp.async.wait_group 1;" ::: "memory");
     }
 }
 
@@ -175,11 +170,16 @@ struct Decoder {
         return floats;
     }
 
-    // The ring: the next item to ask for, and the slot whose item comes next.
+    // The ring: the slot whose item comes next, and a run of items, equally far apart, that are to be asked for.
+    int slot = 0;
+    const char* run_from = nullptr;  // this lane's first 16 bytes of the next item
+    int run_step = 0;                // bytes from item to item
+    int run_left = 0;
+    int run_granules = 0;  // 16-byte pieces of an item
+    // Where the run after that begins.
     int next_layer = 0;
     int next_phase = QKV;
     int next_item = 0;
-    int slot = 0;
     int n_sign_items = 0;
 
     uint32_t barriers = 0;
@@ -255,50 +255,57 @@ struct Decoder {
         }
     }
 
-    // Asks for the next item of this warp; past the end for nothing, so that groups stay in step with items.
-    __device__ __forceinline__ void ask() {
-        const uint32_t to =
-            static_cast<uint32_t>(__cvta_generic_to_shared(ring() + slot * (a.slot_bytes / 16) + lane_id()));
+    // Finds the next run of this warp's items, in the order of the model; past the end there is none.
+    __device__ __forceinline__ void find_run() {
         while (next_phase != END) {
             const bool signs = next_phase == MLP && a.layers[next_layer].rows == PREDICTED;
             const ItemCut& cut = next_phase == OUT ? a.cut_q : a.cut_d;
             const int seg_bits = signs ? 0 : cut.seg_bits;
-            const int i = (warp_id() >> seg_bits) + next_item * (DECODE_WARPS >> seg_bits);
-            if (i < n_items(next_layer, next_phase)) {
+            const int n_groups = DECODE_WARPS >> seg_bits;
+            const int i = (warp_id() >> seg_bits) + next_item * n_groups;
+            const int n = n_items(next_layer, next_phase);
+            if (i < n) {
                 const DecodeLayer& w = a.layers[next_layer];
                 const char* from;
-                int n_granules;
+                run_left = (n - i + n_groups - 1) / n_groups;
                 if (signs) {
                     const int row_bytes = n_words() * 4;
-                    const int first = i * sign_rows();
-                    n_granules = min(sign_rows(), share(MLP).count - first) * row_bytes / 16;
+                    const int n_rows = min(sign_rows(), share(MLP).count - i * sign_rows());
                     from = reinterpret_cast<const char*>(w.signs) +
-                           static_cast<int64_t>(share(MLP).begin + first) * row_bytes;
+                           static_cast<int64_t>(share(MLP).begin + i * sign_rows()) * row_bytes;
+                    run_step = n_groups * sign_rows() * row_bytes;
+                    run_granules = n_rows * row_bytes / 16;
+                    // The last item may be short.
+                    run_left = run_left > 1 ? run_left - 1 : 1;
                 } else {
+                    const int row_bytes = cut.n_cols * sizeof(T);
                     const T* row;
+                    // Rows of two kinds in turn: a group of even stride keeps to one kind.
+                    const bool pairs = next_phase == QKV || (next_phase == MLP && w.rows == ALL);
+                    run_step = (pairs ? n_groups / 2 : n_groups) * row_bytes;
                     if (next_phase == QKV) {
                         row = qkv_row(w, i);
+                        const int half = a.head_dim / 2;
+                        const int pair = share(QKV).begin + i / 2;
+                        const int to_end = (head_of(pair) + 1) * half - pair;
+                        run_left = min(run_left, (to_end + n_groups / 2 - 1) / max(1, n_groups / 2));
                     } else if (next_phase == OUT) {
-                        row = static_cast<const T*>(w.w_o) +
-                              static_cast<int64_t>(share(OUT).begin + i) * a.cut_q.n_cols;
+                        row = static_cast<const T*>(w.w_o) + static_cast<int64_t>(share(OUT).begin + i) * cut.n_cols;
                     } else if (next_phase == MLP) {
                         row = mlp_row(w, i);
                     } else {
                         row = static_cast<const T*>(a.lm_head) +
-                              static_cast<int64_t>(share(HEAD).begin + i) * a.cut_d.n_cols;
+                              static_cast<int64_t>(share(HEAD).begin + i) * cut.n_cols;
                     }
-                    const int seg = (warp_id() & (cut.n_segs - 1));
-                    n_granules = segment_granules(cut);
-                    from = reinterpret_cast<const char*>(row) + seg * cut.granules * 16;
-                }
-#pragma unroll
-                for (int k = 0; k < ITEM_LOADS; k++) {
-                    if (lane_id() + k * WARP < n_granules) {
-                        copy_async(to + k * WARP * 16, from + (lane_id() + k * WARP) * 16);
+                    if (pairs && n_groups == 1) {
+                        run_left = 1;
                     }
+                    run_granules = segment_granules(cut);
+                    from = reinterpret_cast<const char*>(row) + (warp_id() & (cut.n_segs - 1)) * cut.granules * 16;
                 }
-                next_item++;
-                break;
+                run_from = from + lane_id() * 16;
+                next_item += run_left;
+                return;
             }
             next_item = 0;
             if (next_phase == MLP && next_layer + 1 < a.n_layers) {
@@ -308,13 +315,32 @@ struct Decoder {
                 next_phase++;
             }
         }
+    }
+
+    // Asks for the next item of this warp; past the end for nothing, so that groups stay in step with items.
+    __device__ __forceinline__ void ask() {
+        if (run_left == 0) {
+            find_run();
+        }
+        if (run_left > 0) {
+            const uint32_t to =
+                static_cast<uint32_t>(__cvta_generic_to_shared(ring() + slot * (a.slot_bytes / 16) + lane_id()));
+#pragma unroll
+            for (int k = 0; k < ITEM_LOADS; k++) {
+                if (lane_id() + k * WARP < run_granules) {
+                    copy_async(to + k * WARP * 16, run_from + k * WARP * 16);
+                }
+            }
+            run_from += run_step;
+            run_left--;
+        }
         commit_copies();
         slot = slot + 1 == a.n_slots ? 0 : slot + 1;
     }
 
     // The next item of this warp, arrived. ask() frees it.
     __device__ __forceinline__ const uint4* arrived() {
-        wait_copies(a.n_slots - 1);
+        wait_copies(a.n_slots);
         __syncwarp();
         return ring() + slot * (a.slot_bytes / 16);
     }

@@ -11,8 +11,8 @@ use std::sync::{LazyLock, Mutex, MutexGuard};
 use common::{Random, TOLERANCE, Weights, magnitude, sign_words};
 use half::f16;
 use kernels::cuda::{
-    AttentionCall, Buffer, CudaError, Device, DeviceLimits, DeviceMatrix, DeviceRows, DownCall, Dtype,
-    GateUpCall, MatvecCall, QkvCall, View,
+    AttentionCall, Buffer, CudaError, DecodeCall, DecodeLayer, Device, DeviceLimits, DeviceMatrix,
+    DeviceRows, DownCall, Dtype, GateUpCall, MatvecCall, QkvCall, View,
 };
 use kernels::{
     Activation, AttentionShape, Elements, Limits, Matrix, MlpCounts, MlpWeights, Rows, SignMatrix, reference,
@@ -603,7 +603,246 @@ fn what_does_not_fit_is_an_error() {
     let error = DeviceMatrix::new(w.buffer.view(), Dtype::F32, 4, 3).unwrap_err();
     assert_eq!(error.to_string(), "matrix bytes: expected 48, found 24");
     let error = device.alloc(1 << 50).unwrap_err();
-    assert!(matches!(error, CudaError::OutOfMemory { wanted_bytes, .. } if wanted_bytes == 1 << 50), "{error}");
+    assert!(
+        matches!(error, CudaError::OutOfMemory { wanted_bytes, .. } if wanted_bytes == 1 << 50),
+        "{error}"
+    );
     let error = Device::open(1000).unwrap_err();
     assert!(matches!(error, CudaError::NoSuchDevice { ordinal: 1000, .. }), "{error}");
+}
+
+/// A model of two layers on the device, run both ways.
+struct Model {
+    shape: AttentionShape,
+    d: usize,
+    f: usize,
+    embedding: Uploaded,
+    layers: Vec<ModelLayer>,
+    norm: Buffer,
+    cos: Buffer,
+    sin: Buffer,
+}
+
+struct ModelLayer {
+    /// q, k, v, o, gate, up, down.
+    weights: [Uploaded; 7],
+    words: Buffer,
+    keys: Buffer,
+    values: Buffer,
+}
+
+impl Model {
+    fn new(
+        device: &Device,
+        random: &mut Random,
+        kind: usize,
+        shape: AttentionShape,
+        d: usize,
+        f: usize,
+    ) -> Self {
+        let (q, kv) = (shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim);
+        let cache_kind = if kind == 0 { 0 } else { 1 };
+        let layers = (0..2)
+            .map(|_| {
+                let sizes = [(q, d), (kv, d), (kv, d), (d, q), (f, d), (f, d), (f, d)];
+                let weights = sizes.map(|(n_rows, n_cols)| {
+                    let scale = 1.0 / (n_cols as f32).sqrt();
+                    let values: Vec<f32> = random.values(n_rows * n_cols).iter().map(|v| v * scale).collect();
+                    Weights::new(kind, &values)
+                });
+                let words = sign_words(&weights[4].matrix(f, d));
+                let [keys, values] = [0, 1].map(|_| {
+                    let values = random.values(kv * shape.n_positions_max);
+                    upload_elements(device, &Weights::new(cache_kind, &values).elements())
+                });
+                let mut i = 0;
+                let weights = weights.map(|w| {
+                    let (n_rows, n_cols) = sizes[i];
+                    i += 1;
+                    Uploaded::new(device, &w.matrix(n_rows, n_cols))
+                });
+                ModelLayer { weights, words: device.upload(&words).unwrap(), keys, values }
+            })
+            .collect();
+        let embedding = Weights::new(kind, &random.values(300 * d));
+        let angles = shape.n_positions_max * shape.head_dim / 2;
+        Self {
+            embedding: Uploaded::new(device, &embedding.matrix(300, d)),
+            layers,
+            norm: upload(device, &random.values(d).iter().map(|v| 1.0 + 0.1 * v).collect::<Vec<_>>()),
+            cos: upload(device, &random.values(angles)),
+            sin: upload(device, &random.values(angles)),
+            shape,
+            d,
+            f,
+        }
+    }
+
+    fn rows(&self, layer: usize, select: usize) -> DeviceRows<'_> {
+        match select {
+            0 => DeviceRows::All,
+            1 => DeviceRows::Active,
+            _ => DeviceRows::Predicted {
+                signs: self.layers[layer].words.view(),
+                limits: DeviceLimits::Layer(self.d as u32 / 2),
+            },
+        }
+    }
+
+    /// Logits, state and rows counted after the token in `state`, as one kernel.
+    fn in_one(&self, device: &Device, select: usize, position: usize) -> (Vec<f32>, [u32; 2], Vec<u64>) {
+        let scratch = device
+            .decode_scratch(&self.shape, self.d, self.f, self.embedding.dtype.n_bytes())
+            .unwrap()
+            .expect("these widths fit");
+        let layers: Vec<_> = self
+            .layers
+            .iter()
+            .enumerate()
+            .map(|(i, layer)| DecodeLayer {
+                w_q: layer.weights[0].matrix(),
+                w_k: layer.weights[1].matrix(),
+                w_v: layer.weights[2].matrix(),
+                w_o: layer.weights[3].matrix(),
+                w_gate: layer.weights[4].matrix(),
+                w_up: layer.weights[5].matrix(),
+                w_down_t: layer.weights[6].matrix(),
+                rows: self.rows(i, select),
+                attn_norm: self.norm.view(),
+                mlp_norm: self.norm.view(),
+                keys: layer.keys.view(),
+                values: layer.values.view(),
+            })
+            .collect();
+        let (state, logits) = (state(device, 11, position), poison(device, 300));
+        let (ids, counts) = (device.alloc(64).unwrap(), device.alloc(32).unwrap());
+        device
+            .decode(&DecodeCall {
+                shape: self.shape,
+                embedding: self.embedding.matrix(),
+                lm_head: self.embedding.matrix(),
+                final_norm: self.norm.view(),
+                layers: &layers,
+                cos: self.cos.view(),
+                sin: self.sin.view(),
+                activation: Activation::Relu,
+                eps: EPS,
+                state: state.view(),
+                ids: ids.view(),
+                logits: logits.view(),
+                counts: counts.view(),
+                greedy: true,
+                scratch: &scratch,
+            })
+            .unwrap();
+        let (mut got_state, mut got_counts) = ([0; 2], vec![0; 4]);
+        device.read(state.view(), &mut got_state).unwrap();
+        device.read(counts.view(), &mut got_counts).unwrap();
+        (download(device, &logits), got_state, got_counts)
+    }
+
+    /// The same as a run of single kernels.
+    fn in_kernels(&self, device: &Device, select: usize, position: usize) -> (Vec<f32>, [u32; 2], Vec<u64>) {
+        let q_width = self.shape.n_heads * self.shape.head_dim;
+        let [x, q, attended, h, logits] = [self.d, q_width, q_width, self.f, 300].map(|n| poison(device, n));
+        let (state, counts) = (state(device, 11, position), device.alloc(32).unwrap());
+        let attention = device.attention_scratch(&self.shape).unwrap();
+        let down = device.down_scratch(self.f, self.d).unwrap();
+        device.embed(&self.embedding.matrix(), state.view(), x.view()).unwrap();
+        for (i, layer) in self.layers.iter().enumerate() {
+            let [w_q, w_k, w_v, w_o, w_gate, w_up, w_down_t] =
+                [0, 1, 2, 3, 4, 5, 6].map(|m| layer.weights[m].matrix());
+            let call = QkvCall {
+                shape: self.shape,
+                w_q,
+                w_k,
+                w_v,
+                x: x.view(),
+                norm: self.norm.view(),
+                eps: EPS,
+                cos: self.cos.view(),
+                sin: self.sin.view(),
+                q: q.view(),
+                k_cache: layer.keys.view(),
+                v_cache: layer.values.view(),
+                state: state.view(),
+            };
+            device.qkv(&call).unwrap();
+            let call = AttentionCall {
+                shape: self.shape,
+                q: q.view(),
+                k_cache: layer.keys.view(),
+                v_cache: layer.values.view(),
+                cache: w_q.dtype().cache(),
+                out: attended.view(),
+                scratch: &attention,
+                state: state.view(),
+            };
+            device.attention(&call).unwrap();
+            let call = MatvecCall { w: w_o, x: attended.view(), norm: None, y: x.view(), accumulate: true };
+            device.matvec(&call).unwrap();
+            let rows = self.rows(i, select);
+            let call = GateUpCall {
+                w_gate,
+                w_up,
+                rows,
+                activation: Activation::Relu,
+                x: x.view(),
+                norm: self.norm.view(),
+                eps: EPS,
+                h: h.view(),
+                counts: counts.view().slice(16 * i, 16),
+            };
+            device.gate_up(&call).unwrap();
+            let call = DownCall { w_down_t, h: h.view(), dense: select == 0, x: x.view(), scratch: &down };
+            device.down(&call).unwrap();
+        }
+        let norm = Some((self.norm.view(), EPS));
+        let w = self.embedding.matrix();
+        device.matvec(&MatvecCall { w, x: x.view(), norm, y: logits.view(), accumulate: false }).unwrap();
+        let ids = device.alloc(64).unwrap();
+        device.greedy(logits.view(), ids.view(), state.view()).unwrap();
+        let (mut got_state, mut got_counts) = ([0; 2], vec![0; 4]);
+        device.read(state.view(), &mut got_state).unwrap();
+        device.read(counts.view(), &mut got_counts).unwrap();
+        (download(device, &logits), got_state, got_counts)
+    }
+}
+
+proptest! {
+    #![proptest_config(config())]
+
+    /// Both ways add the same products in another order: rows at the edge of the activation or of a sign may differ,
+    /// and change what follows by little.
+    #[test]
+    fn a_token_in_one_kernel_is_a_token_in_many(
+        kind in 0..3usize, select in 0..3usize, n_kv_heads in 1..5usize, group in 1..5usize,
+        head_dim in prop_oneof![Just(32usize), Just(40), Just(64), Just(80), Just(128), Just(256)],
+        d in prop_oneof![Just(256usize), Just(264), Just(512), Just(704), Just(1536), Just(2048), Just(5120)],
+        f in prop_oneof![1..200usize, 1300..1400usize], position in prop_oneof![0..10usize, 120..140usize, 500..520usize],
+        seed: u64,
+    ) {
+        let device = device();
+        let mut random = Random::new(seed);
+        let f = if d > 2000 { f.min(700) } else { f };
+        let shape = AttentionShape { n_heads: n_kv_heads * group, n_kv_heads, head_dim, n_positions_max: position + 3 };
+        let model = Model::new(&device, &mut random, kind, shape, d, f);
+        let (want, want_state, want_counts) = model.in_kernels(&device, select, position);
+        let (got, got_state, got_counts) = model.in_one(&device, select, position);
+        let largest = want.iter().fold(0.0f32, |largest, v| largest.max(v.abs()));
+        for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+            prop_assert!((got - want).abs() <= 1e-3 * largest, "logit {i} is {got}, not {want}");
+        }
+        prop_assert_eq!(got_state[1], want_state[1]);
+        prop_assert!(got[got_state[0] as usize] >= got.iter().copied().fold(f32::MIN, f32::max));
+        for (got, want) in got_counts.iter().zip(&want_counts) {
+            prop_assert!(got.abs_diff(*want) <= 2 + want / 100, "{got_counts:?}, not {want_counts:?}");
+        }
+        for _ in 0..2 {
+            let (again, again_state, again_counts) = model.in_one(&device, select, position);
+            assert_same("logits", &got, &again);
+            prop_assert_eq!(got_state, again_state);
+            prop_assert_eq!(&got_counts, &again_counts);
+        }
+    }
 }

@@ -7,9 +7,9 @@
 
 use format_spec::ModelConfig;
 use kernels::cuda::{
-    AttentionCall, AttentionScratch, Buffer, CudaError, DecodeCall, DecodeLayer, DecodeScratch, Device, DeviceLimits,
-    DeviceMatrix, DeviceRows, DownCall, DownScratch, Dtype, GateUpCall, Graph, HostBuffer, Mapped, MatvecCall,
-    QkvCall, View,
+    AttentionCall, AttentionScratch, Buffer, CudaError, DecodeCall, DecodeLayer, DecodeScratch, Device,
+    DeviceLimits, DeviceMatrix, DeviceRows, DownCall, DownScratch, Dtype, GateUpCall, Graph, HostBuffer,
+    Mapped, MatvecCall, QkvCall, View,
 };
 use kernels::{Activation, AttentionShape, Elements, Matrix, MlpCounts, MlpWeights, Rows, bytes};
 
@@ -94,7 +94,11 @@ impl<'m> CudaEngine<'m> {
     ///
     /// # Errors
     /// [`RuntimeError::Cuda`]: no device, or too little memory on it.
-    pub(crate) fn new(model: &'m Model, ordinal: usize, options: &SessionOptions) -> Result<Self, RuntimeError> {
+    pub(crate) fn new(
+        model: &'m Model,
+        ordinal: usize,
+        options: &SessionOptions,
+    ) -> Result<Self, RuntimeError> {
         let device = Device::open(ordinal)?;
         let config = model.config();
         let weights = model.weights();
@@ -230,7 +234,9 @@ impl<'m> ModelState<'m> {
     /// The rows of `layer` that `rows` selects; all of them where it says nothing.
     fn rows(&self, layer: usize, rows: &[RowChoice]) -> DeviceRows<'_> {
         let predicted = |limits| {
-            let signs = self.weights.layers[layer].signs.expect("the reader checked that a layer with limits has signs");
+            let signs = self.weights.layers[layer]
+                .signs
+                .expect("the reader checked that a layer with limits has signs");
             DeviceRows::Predicted { signs: self.view(bytemuck::cast_slice(signs.words)), limits }
         };
         match rows.get(layer) {
@@ -300,7 +306,8 @@ impl<'m> ModelState<'m> {
         let (x, q, h) = (vectors.x.view(), vectors.q.view(), vectors.h.view());
         let state = self.token.view();
         device.embed(&self.matrix(&self.weights.embedding)?, state, x)?;
-        for (layer, (w, [keys, values])) in self.weights.layers.iter().zip(&self.keys_and_values).enumerate() {
+        for (layer, (w, [keys, values])) in self.weights.layers.iter().zip(&self.keys_and_values).enumerate()
+        {
             device.qkv(&QkvCall {
                 shape: *shape,
                 w_q: self.matrix(&w.w_q)?,
@@ -401,7 +408,8 @@ impl Engine for CudaEngine<'_> {
         let cache = Dtype::of(&state.weights.embedding.data).cache().n_bytes();
         let kv_bytes = bytes::kv(&state.shape, cache, position + 1);
         for (layer, (w, counts)) in state.weights.layers.iter().zip(&counts).enumerate() {
-            usage.n_bytes += attention_bytes(w) + kv_bytes + state.mlp_bytes(layer, &self.rows[layer], counts);
+            usage.n_bytes +=
+                attention_bytes(w) + kv_bytes + state.mlp_bytes(layer, &self.rows[layer], counts);
             usage.layers[layer].n_kept += counts.n_kept as u64;
             usage.layers[layer].n_active += counts.n_active as u64;
         }
@@ -467,9 +475,15 @@ fn one_kernel(
 }
 
 /// That weights and cache fit the device's free memory, before anything is copied.
-fn check_memory(device: &Device, model: &Model, shape: &AttentionShape, dtype: Dtype) -> Result<(), CudaError> {
+fn check_memory(
+    device: &Device,
+    model: &Model,
+    shape: &AttentionShape,
+    dtype: Dtype,
+) -> Result<(), CudaError> {
     let n_layers = model.config().num_hidden_layers as usize;
-    let cached = 2 * n_layers * shape.n_kv_heads * shape.n_positions_max * shape.head_dim * dtype.cache().n_bytes();
+    let cached =
+        2 * n_layers * shape.n_kv_heads * shape.n_positions_max * shape.head_dim * dtype.cache().n_bytes();
     let image = if maps_pages(device) { 0 } else { model.bytes().len() };
     let (free_bytes, total_bytes) = device.memory_bytes()?;
     let wanted_bytes = image + cached;

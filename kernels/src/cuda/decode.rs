@@ -12,7 +12,8 @@ const GRANULES_MAX: usize = 8 * WARP;
 /// Widest residual stream: `VEC_LOADS` times four columns for each thread.
 const D_MAX: usize = 8 * 4 * WARPS * WARP;
 const LAYERS_MAX: usize = 128;
-const SLOTS_MAX: usize = 12;
+/// Slots of a warp's ring that `wait_copies` knows.
+const N_SLOTS: [usize; 4] = [9, 5, 3, 2];
 /// Most rows of sign words that a warp counts side by side.
 const SIGN_ROWS_MAX: usize = 8;
 /// Partial sums of one tile.
@@ -222,7 +223,13 @@ impl ItemCut {
 }
 
 impl Plan {
-    fn new(device: &Device, shape: &AttentionShape, d: usize, f: usize, element_bytes: usize) -> Option<Self> {
+    fn new(
+        device: &Device,
+        shape: &AttentionShape,
+        d: usize,
+        f: usize,
+        element_bytes: usize,
+    ) -> Option<Self> {
         let cut_d = ItemCut::new(d, element_bytes)?;
         let cut_q = ItemCut::new(shape.n_heads * shape.head_dim, element_bytes)?;
         if !shape.head_dim.is_multiple_of(8) || shape.head_dim > 8 * WARP || d > D_MAX {
@@ -249,11 +256,13 @@ impl Plan {
         } else {
             0
         };
-        let fixed_floats = d + vec_floats + TILE_FLOATS + 3 * list_rows + d.div_ceil(WARP).next_multiple_of(4);
+        let fixed_floats =
+            d + vec_floats + TILE_FLOATS + 3 * list_rows + d.div_ceil(WARP).next_multiple_of(4);
         let fixed_bytes = fixed_floats * size_of::<f32>();
         let ring_bytes = device.shared_bytes_max().checked_sub(STATIC_BYTES + fixed_bytes)?;
-        let n_slots = (ring_bytes / WARPS / slot_bytes).min(SLOTS_MAX);
-        (n_slots >= 2).then_some(Self {
+        let room = ring_bytes / WARPS / slot_bytes;
+        let n_slots = N_SLOTS.into_iter().find(|&n_slots| n_slots <= room);
+        n_slots.map(|n_slots| Self {
             shape: *shape,
             d,
             f,
@@ -328,7 +337,11 @@ impl Device {
             check(what, n_cols, w.n_cols())?;
             let address = w.data().address();
             if address % 16 != 0 {
-                return Err(CudaError::Unsupported { what: "bytes past alignment", found: (address % 16) as usize, max: 0 });
+                return Err(CudaError::Unsupported {
+                    what: "bytes past alignment",
+                    found: (address % 16) as usize,
+                    max: 0,
+                });
             }
             Ok(address)
         };

@@ -18,8 +18,6 @@ const CAPABILITY_MIN: (u32, u32) = (8, 0);
 const BANDWIDTH_BYTES: usize = 2 << 30;
 /// Passes over them; the best counts.
 const BANDWIDTH_PASSES: usize = 5;
-/// Segments that each warp of a dense product asks L2 for ahead of its loads.
-const N_AHEAD: usize = 2;
 /// Shared memory that a block has without asking.
 const SHARED_BYTES_UNASKED: usize = 48 << 10;
 
@@ -146,13 +144,14 @@ impl Device {
         let kernels = context.functions()?;
         Ok(Self {
             kernels,
-            n_multiprocessors: attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
+            n_multiprocessors: attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?
+                as usize,
             shared_bytes_max: attribute(
                 device,
                 Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
             )? as usize,
-            overlap: capability >= (9, 0) && driver >= 12_030,
-            n_ahead: N_AHEAD,
+            overlap: false,
+            n_ahead: 0,
             context,
             info,
         })
@@ -168,14 +167,15 @@ impl Device {
         self.n_multiprocessors
     }
 
-    /// True if a kernel may start while the one before ends (programmatic dependent launch).
+    /// True if a kernel may start while the one before ends.
     pub fn overlaps(&self) -> bool {
         self.overlap
     }
 
-    /// Turns the overlap of kernels off, to measure what it is worth.
-    pub fn without_overlap(mut self) -> Self {
-        self.overlap = false;
+    /// Lets a kernel start while the one before ends (programmatic dependent launch), where the device can: slower for
+    /// large models, whose early blocks pack two to an SM.
+    pub fn with_overlap(mut self) -> Self {
+        self.overlap = self.info.capability >= (9, 0);
         self
     }
 
@@ -414,12 +414,13 @@ impl Context {
     fn open(device: sys::CUdevice, image: &[u8]) -> Result<Self, CudaError> {
         // SAFETY: the device exists; `Drop` releases what was retained.
         let context = unsafe { result::primary_ctx::retain(device) }.during("open the device")?;
-        let mut opened =
-            Self { device, context, module: std::ptr::null_mut(), stream: std::ptr::null_mut() };
+        let mut opened = Self { device, context, module: std::ptr::null_mut(), stream: std::ptr::null_mut() };
         opened.make_current()?;
         // SAFETY: the image is a fat binary, which carries its own length.
-        opened.module = unsafe { result::module::load_data(image.as_ptr().cast()) }.during("load the kernels")?;
-        opened.stream = result::stream::create(result::stream::StreamKind::NonBlocking).during("make a stream")?;
+        opened.module =
+            unsafe { result::module::load_data(image.as_ptr().cast()) }.during("load the kernels")?;
+        opened.stream =
+            result::stream::create(result::stream::StreamKind::NonBlocking).during("make a stream")?;
         Ok(opened)
     }
 

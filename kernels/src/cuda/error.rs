@@ -101,13 +101,13 @@ impl CudaError {
     /// What to do about it.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
-            Self::NotBuiltIn => {
-                Some("build again with nvcc on the PATH, or run kernels/cuda/install-nvcc.sh first; or use --device cpu")
-            }
+            Self::NotBuiltIn => Some(
+                "build again with nvcc on the PATH, or run kernels/cuda/install-nvcc.sh first; or use --device cpu",
+            ),
             Self::NoDriver => Some("install the NVIDIA driver, or use --device cpu"),
-            Self::DriverStart(_) | Self::NoDevice => {
-                Some("nvidia-smi lists what the driver sees; CUDA_VISIBLE_DEVICES hides devices; or use --device cpu")
-            }
+            Self::DriverStart(_) | Self::NoDevice => Some(
+                "nvidia-smi lists what the driver sees; CUDA_VISIBLE_DEVICES hides devices; or use --device cpu",
+            ),
             Self::DriverTooOld { .. } => Some("update the NVIDIA driver, or use --device cpu"),
             Self::NoSuchDevice { .. } => Some("--list-devices shows the numbers"),
             Self::DeviceTooOld { .. } | Self::Unsupported { .. } | Self::MixedTypes { .. } => {

@@ -459,7 +459,8 @@ impl Device {
         check_state(call.state)?;
         let cut = RowCut::new(self, &[*w_q, *w_k, *w_v]);
         let n_pairs = (shape.n_heads + 2 * shape.n_kv_heads) * head_dim / 2;
-        let (n_blocks, shared_bytes) = self.dot_grid(&cut, w_q.dtype, n_pairs, 2 * cut.n_segs as usize * 4, 0)?;
+        let (n_blocks, shared_bytes) =
+            self.dot_grid(&cut, w_q.dtype, n_pairs, 2 * cut.n_segs as usize * 4, 0)?;
         let args = QkvArgs {
             cut,
             w_q: w_q.data.address(),
@@ -497,7 +498,11 @@ impl Device {
             });
         }
         check("head_dim, even", shape.head_dim / 2 * 2, shape.head_dim)?;
-        check("query heads of whole groups", shape.n_heads / shape.n_kv_heads * shape.n_kv_heads, shape.n_heads)?;
+        check(
+            "query heads of whole groups",
+            shape.n_heads / shape.n_kv_heads * shape.n_kv_heads,
+            shape.n_heads,
+        )?;
         let n_splits_max = (ATTENTION_BLOCKS_PER_SM * self.n_multiprocessors()).div_ceil(shape.n_kv_heads);
         let n_parts = shape.n_heads * n_splits_max;
         Ok(AttentionScratch {
@@ -775,11 +780,8 @@ impl Device {
     /// Reads all of `memory`.
     pub(super) fn read_all(&self, memory: View<'_>, sum: View<'_>) -> Result<(), CudaError> {
         check("bytes of a sum", 4, sum.len_bytes())?;
-        let args = ReadAllArgs {
-            memory: memory.address(),
-            sum: sum.address(),
-            n: (memory.len_bytes() / 16) as i64,
-        };
+        let args =
+            ReadAllArgs { memory: memory.address(), sum: sum.address(), n: (memory.len_bytes() / 16) as i64 };
         let grid = [2 * self.n_multiprocessors(), 1, 1];
         // SAFETY: the kernel keeps to the lengths it is given.
         unsafe { self.launch("read_all", grid, 512, 0, &args) }
@@ -836,7 +838,11 @@ pub(super) fn check_state(state: View<'_>) -> Result<(), CudaError> {
     Ok(check("bytes of a state", 8, state.len_bytes())?)
 }
 
-pub(super) fn check_cache(shape: &AttentionShape, dtype: Dtype, views: [View<'_>; 2]) -> Result<(), CudaError> {
+pub(super) fn check_cache(
+    shape: &AttentionShape,
+    dtype: Dtype,
+    views: [View<'_>; 2],
+) -> Result<(), CudaError> {
     let n_bytes = shape.n_kv_heads * shape.n_positions_max * shape.head_dim * dtype.n_bytes();
     views.into_iter().try_for_each(|view| Ok(check("bytes of keys or values", n_bytes, view.len_bytes())?))
 }

@@ -102,7 +102,8 @@ impl Device {
             }
             let share = chunk.len().div_ceil(STAGE_THREADS);
             std::thread::scope(|scope| {
-                for (to, from) in stage.bytes_mut()[..chunk.len()].chunks_mut(share).zip(chunk.chunks(share)) {
+                for (to, from) in stage.bytes_mut()[..chunk.len()].chunks_mut(share).zip(chunk.chunks(share))
+                {
                     scope.spawn(|| to.copy_from_slice(from));
                 }
             });
@@ -122,7 +123,8 @@ impl Device {
     pub fn write<T: bytemuck::NoUninit>(&self, to: View<'_>, values: &[T]) -> Result<(), CudaError> {
         check("bytes to write", to.len_bytes, size_of_val(values))?;
         // SAFETY: both sides are as long as checked, and the wait below keeps the source alive.
-        unsafe { result::memcpy_htod_async(to.address, values, self.stream()) }.during("copy to the device")?;
+        unsafe { result::memcpy_htod_async(to.address, values, self.stream()) }
+            .during("copy to the device")?;
         self.synchronize()
     }
 
@@ -181,7 +183,8 @@ impl Device {
         check("bytes to read", from.len_bytes.min(to.len_bytes), from.len_bytes)?;
         let bytes = &mut to.bytes_mut()[..from.len_bytes];
         // SAFETY: both sides are as long as checked; the caller keeps the target.
-        unsafe { result::memcpy_dtoh_async(bytes, from.address, self.stream()) }.during("copy from the device")
+        unsafe { result::memcpy_dtoh_async(bytes, from.address, self.stream()) }
+            .during("copy from the device")
     }
 
     /// Lets the device read `host` where it lies, without a copy.

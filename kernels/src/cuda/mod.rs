@@ -15,8 +15,8 @@ pub use decode::{DecodeCall, DecodeLayer, DecodeScratch};
 pub use device::{Device, DeviceInfo, Event, Graph, list_devices};
 pub use error::CudaError;
 pub use launch::{
-    AttentionCall, AttentionScratch, DeviceLimits, DeviceMatrix, DeviceRows, DownCall, DownScratch, Dtype, GateUpCall,
-    MatvecCall, QkvCall,
+    AttentionCall, AttentionScratch, DeviceLimits, DeviceMatrix, DeviceRows, DownCall, DownScratch, Dtype,
+    GateUpCall, MatvecCall, QkvCall,
 };
 pub use memory::{Buffer, HostBuffer, Mapped, View};
 
