@@ -56,6 +56,15 @@ pub enum RuntimeError {
         /// Size of the vocabulary.
         vocab_size: u32,
     },
+    /// The CUDA device cannot do it.
+    #[error(transparent)]
+    Cuda(#[from] kernels::cuda::CudaError),
+    /// What the CUDA engine leaves to the CPU.
+    #[error("{what} is not available on CUDA devices")]
+    NotOnCuda {
+        /// What was asked for.
+        what: &'static str,
+    },
     /// Lengths that do not fit each other: a bug of this program, as the reader checks every shape.
     #[error("internal: {0}")]
     Shape(#[from] kernels::ShapeError),
@@ -76,6 +85,8 @@ impl RuntimeError {
                 Some("prep convert FOLDER OUT.sinf makes a .sinf file of a model folder")
             }
             Self::ContextFull { .. } => Some("raise -c/--ctx-size or shorten the prompt"),
+            Self::Cuda(error) => error.hint(),
+            Self::NotOnCuda { .. } => Some("use --device cpu"),
             Self::ContextTooLong { .. } => Some("lower -c/--ctx-size; longer contexts give strange text"),
             _ => None,
         }

@@ -68,7 +68,7 @@ struct Buffers {
 
 /// `cos` and `sin` of the rotations of a position.
 #[derive(Debug)]
-struct RopeAngles {
+pub(crate) struct RopeAngles {
     /// Radians per position, `(head_dim / 2,)`.
     frequencies: Vec<f64>,
 }
@@ -373,7 +373,7 @@ impl Buffers {
 }
 
 impl RopeAngles {
-    fn new(config: &ModelConfig) -> Self {
+    pub(crate) fn new(config: &ModelConfig) -> Self {
         let stretch = match config.rope.scaling {
             RopeScaling::None => 1.0,
             RopeScaling::Linear { factor } => factor,
@@ -384,7 +384,7 @@ impl RopeAngles {
     }
 
     /// `cos` and `sin` `(head_dim / 2,)` of `position`.
-    fn fill(&self, position: usize, cos: &mut [f32], sin: &mut [f32]) {
+    pub(crate) fn fill(&self, position: usize, cos: &mut [f32], sin: &mut [f32]) {
         for ((frequency, cos), sin) in self.frequencies.iter().zip(cos).zip(sin) {
             let angle = position as f64 * frequency;
             (*cos, *sin) = (angle.cos() as f32, angle.sin() as f32);

@@ -76,7 +76,7 @@ fn run(cli: &Cli, action: Action<'_>, started: Instant) -> anyhow::Result<ExitCo
 
 /// Maps `file` for the device asked for; with `--check`, all of it is read and compared.
 fn open(cli: &Cli, file: &Path) -> anyhow::Result<Model> {
-    cli.device.resolve()?;
+    cli.device.check()?;
     let model = Model::open(file)?;
     if cli.check {
         let verified = model.layout().verify(model.bytes(), &mut |_| {});
@@ -100,7 +100,7 @@ fn session<'m>(
         mode,
         alpha_scale: cli.alpha_scale,
     };
-    Ok(Session::new(model, &options)?)
+    Ok(Session::on(cli.device, model, &options)?)
 }
 
 /// Positions that `model` was made for.

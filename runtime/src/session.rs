@@ -3,7 +3,9 @@
 use format_spec::calibration::{alpha_from_limit, limit_from_alpha};
 use format_spec::{PredictorKind, SectionKind};
 
+use crate::device::Device;
 use crate::engine::{Batch, BatchLogits, Engine, RowChoice};
+use crate::engine_cuda::CudaEngine;
 use crate::forward::CpuEngine;
 use crate::{Model, RuntimeError};
 
@@ -103,14 +105,31 @@ impl<'m> Session<'m> {
     /// # Errors
     /// [`RuntimeError::ContextTooLong`].
     pub fn new(model: &'m Model, options: &SessionOptions) -> Result<Self, RuntimeError> {
+        Self::on(Device::Cpu, model, options)
+    }
+
+    /// As [`Session::new`], on `device`; [`Device::Auto`] takes the first CUDA device that has room for the model, else
+    /// the CPU, and [`Session::backend`] says which.
+    ///
+    /// # Errors
+    /// As [`Session::new`]; [`RuntimeError::Cuda`].
+    pub fn on(device: Device, model: &'m Model, options: &SessionOptions) -> Result<Self, RuntimeError> {
         let max = model.config().max_position_embeddings as usize;
         if options.n_positions_max > max {
             return Err(RuntimeError::ContextTooLong { wanted: options.n_positions_max, max });
         }
         let options = SessionOptions { n_batch_max: options.n_batch_max.max(1), ..options.clone() };
+        let engine: Box<dyn Engine + 'm> = match device {
+            Device::Cpu => Box::new(CpuEngine::new(model, &options)),
+            Device::Cuda(index) => Box::new(CudaEngine::new(model, index as usize, &options)?),
+            Device::Auto => match CudaEngine::first_that_fits(model, &options) {
+                Some(engine) => Box::new(engine),
+                None => Box::new(CpuEngine::new(model, &options)),
+            },
+        };
         let mut session = Self {
             model,
-            engine: Box::new(CpuEngine::new(model, &options)),
+            engine,
             n_positions: 0,
             n_positions_max: options.n_positions_max,
             n_batch_max: options.n_batch_max,
