@@ -24,7 +24,7 @@ const ATTENTION_BLOCKS_PER_SM: usize = 2;
 const HEAD_DIM_MAX: usize = 256;
 
 /// Element type of weights or of a cache on the device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Dtype {
     /// binary32.
     F32,
@@ -60,7 +60,7 @@ impl Dtype {
         }
     }
 
-    fn suffix(self) -> &'static str {
+    pub(super) fn suffix(self) -> &'static str {
         match self {
             Self::F32 => "f32",
             Self::F16 => "f16",
@@ -595,11 +595,7 @@ impl Device {
                 (signs.address(), limits, limit, 2)
             }
         };
-        let (activation, threshold) = match call.activation {
-            Activation::Relu => (0, 0.0),
-            Activation::FatRelu(threshold) => (1, threshold),
-            Activation::Silu => (2, 0.0),
-        };
+        let (activation, threshold) = activation_code(call.activation);
         let cut = RowCut::new(self, &[*w_gate, *w_up]);
         // h, both queues, and two rows of partial sums; the sign words come beside the vector.
         let row_bytes = 3 * 4 + 2 * cut.n_segs as usize * 4;
@@ -806,6 +802,15 @@ impl Device {
     }
 }
 
+/// As common.cuh numbers it, and its threshold.
+pub(super) fn activation_code(activation: Activation) -> (u32, f32) {
+    match activation {
+        Activation::Relu => (0, 0.0),
+        Activation::FatRelu(threshold) => (1, threshold),
+        Activation::Silu => (2, 0.0),
+    }
+}
+
 fn same_type(what: &'static str, matrices: &[&DeviceMatrix<'_>]) -> Result<(), CudaError> {
     if matrices.iter().all(|w| w.dtype == matrices[0].dtype) {
         Ok(())
@@ -814,7 +819,7 @@ fn same_type(what: &'static str, matrices: &[&DeviceMatrix<'_>]) -> Result<(), C
     }
 }
 
-fn check_floats(what: &'static str, expected: usize, view: View<'_>) -> Result<(), CudaError> {
+pub(super) fn check_floats(what: &'static str, expected: usize, view: View<'_>) -> Result<(), CudaError> {
     Ok(check(what, expected * size_of::<f32>(), view.len_bytes())?)
 }
 
@@ -822,13 +827,13 @@ fn check_state(state: View<'_>) -> Result<(), CudaError> {
     Ok(check("bytes of a state", 8, state.len_bytes())?)
 }
 
-fn check_cache(shape: &AttentionShape, dtype: Dtype, views: [View<'_>; 2]) -> Result<(), CudaError> {
+pub(super) fn check_cache(shape: &AttentionShape, dtype: Dtype, views: [View<'_>; 2]) -> Result<(), CudaError> {
     let n_bytes = shape.n_kv_heads * shape.n_positions_max * shape.head_dim * dtype.n_bytes();
     views.into_iter().try_for_each(|view| Ok(check("bytes of keys or values", n_bytes, view.len_bytes())?))
 }
 
 /// Address of the rows' limits, or zero, and the layer's.
-fn check_limits(limits: DeviceLimits<'_>, n_rows: usize) -> Result<(u64, u32), CudaError> {
+pub(super) fn check_limits(limits: DeviceLimits<'_>, n_rows: usize) -> Result<(u64, u32), CudaError> {
     match limits {
         DeviceLimits::Layer(limit) => Ok((0, limit)),
         DeviceLimits::PerRow(limits) => {

@@ -7,16 +7,24 @@
 
 mod device;
 mod error;
+mod gemm;
 mod launch;
 mod memory;
+mod prefill;
+mod upload;
 
 pub use device::{Device, DeviceInfo, Event, Graph, list_devices};
 pub use error::CudaError;
+pub use gemm::{Gemm, GemmCall};
 pub use launch::{
     AttentionCall, AttentionScratch, DeviceLimits, DeviceMatrix, DeviceRows, DownCall, DownScratch, Dtype, GateUpCall,
     MatvecCall, QkvCall,
 };
 pub use memory::{Buffer, HostBuffer, Mapped, View};
+pub use prefill::{
+    FloatRows, PrefillAttentionCall, PrefillGatedCall, PrefillNormCall, PrefillRopeCall, PrefillSkipCall, rounded_bytes,
+};
+pub use upload::{Mirror, Placement, ReadAt, UploadError};
 
 /// The fat binary, if this library was built with nvcc.
 mod image {
