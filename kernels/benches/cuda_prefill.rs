@@ -8,6 +8,8 @@
 //! Weights are random f16; `N_DISTINCT` layers take turns, so that they come from memory, as in a model. Times are of
 //! the device, medians of `REPEATS`. A part's TFLOP/s count two operations for each weight and token.
 
+#![allow(clippy::print_stdout, reason = "a bench reports")]
+
 use std::fs::File;
 use std::io::Write;
 use std::os::unix::fs::FileExt;
@@ -235,6 +237,10 @@ fn print_rate(what: &str, n_bytes: usize, start: Instant) {
 
 /// A file with a warm page cache to the device, beside what the bus gives.
 fn upload(device: &Device, n_bytes: usize) -> Result<(), Box<dyn std::error::Error>> {
+    let start = Instant::now();
+    let buffers = (0..16).map(|_| device.alloc_host(2 << 20)).collect::<Result<Vec<_>, _>>()?;
+    print_rate("making 16 host buffers", 32 << 20, start);
+    drop(buffers);
     let pinned = device.alloc_host(256 << 20)?;
     let to = device.alloc(256 << 20)?;
     for _ in 0..3 {
@@ -284,6 +290,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let first_position = after("--first").unwrap_or(Ok(0))?;
     let prompt = Prompt::new(device, shape, n_tokens, first_position)?;
     println!("{} f16, {n_tokens} tokens from position {first_position} on", shape.name);
+    let start = Instant::now();
+    Gemm::preload();
+    println!("cublasLt opened after {:.0} ms", start.elapsed().as_secs_f64() * 1e3);
     let start = Instant::now();
     let cublas = Gemm::new(&prompt.device)?;
     println!("cublasLt {} after {:.0} ms", cublas.uses_cublas(), start.elapsed().as_secs_f64() * 1e3);

@@ -6,6 +6,7 @@
 #include "matvec.cu"
 #include "prefill_attention.cu"
 #include "prefill_gemm.cu"
+#include "prefill_gemm_hopper.cu"
 #include "prefill_mlp.cu"
 #include "prefill_rows.cu"
 #include "qkv.cu"

@@ -105,7 +105,7 @@ fn poison(device: &Device, len_bytes: usize) -> Buffer {
 }
 
 /// The result of `run` into poisoned `len_bytes`, the same twice.
-fn twice(device: &Device, dtype: Dtype, len_bytes: usize, run: impl Fn(View<'_>)) -> Vec<f32> {
+fn twice(device: &Device, dtype: Dtype, len_bytes: usize, mut run: impl FnMut(View<'_>)) -> Vec<f32> {
     let [first, second] = [(), ()].map(|()| {
         let out = poison(device, len_bytes);
         run(out.view());
@@ -477,19 +477,16 @@ fn skipped_rows_are_the_reference_bit_for_bit() {
 }
 
 /// Inputs and outputs of products: odd, rows that are and are not multiples of 16 bytes, enough for large tiles.
-const PRODUCTS: [(usize, usize); 7] =
-    [(1, 1), (33, 130), (100, 36), (64, 4352), (256, 704), (1376, 72), (4096, 24)];
+const PRODUCTS: [(usize, usize); 8] =
+    [(1, 1), (33, 130), (100, 36), (64, 4352), (72, 8200), (256, 704), (1376, 72), (4096, 24)];
 
 #[test]
 fn products_are_the_reference() {
     let device = device();
     let mut gemms = vec![Gemm::without_cublas()];
-    let cublas = Gemm::new(&device).unwrap();
-    if cublas.uses_cublas() {
-        gemms.push(cublas);
-    } else {
-        eprintln!("no cuBLASLt: its products are not tested");
-    }
+    // Where there is no cuBLASLt, this one has the same kernels as the first.
+    gemms.push(Gemm::new(&device).unwrap());
+    assert_eq!(gemms[1].uses_cublas(), Gemm::preload());
     let mut random = Random::new(7);
     for (n_in, n_out) in PRODUCTS {
         for dtype in DTYPES {
@@ -550,6 +547,55 @@ fn products_are_the_reference() {
             }
         }
     }
+}
+
+#[test]
+fn products_of_many_tokens_are_those_of_few() {
+    let device = device();
+    let mut gemm = Gemm::without_cublas();
+    let mut random = Random::new(9);
+    // As deep as models; many outputs, so that kernels with the largest tiles are chosen.
+    let (n_in, n_out, n_tokens, n_few) = (4096, 8200, 300, 100);
+    for dtype in [Dtype::F16, Dtype::Bf16] {
+        for transposed in [false, true] {
+            let (n_rows, n_cols) = if transposed { (n_in, n_out) } else { (n_out, n_in) };
+            let weights = upload_elements(
+                &device,
+                &Weights::new(kind(dtype), &random.values(n_rows * n_cols)).elements(),
+            );
+            let w = DeviceMatrix::new(weights.view(), dtype, n_rows, n_cols).unwrap();
+            let values = random.values(n_tokens * n_in);
+            let mut multiply = |values: &[f32]| {
+                let (x, _) = upload_rounded(&device, dtype, values);
+                let n_tokens = values.len() / n_in;
+                twice(&device, Dtype::F32, n_tokens * n_out * 4, |y| {
+                    let x = x.view();
+                    gemm.multiply(&device, &GemmCall { w, transposed, n_tokens, x, y, accumulate: false }).unwrap();
+                })
+            };
+            let many = multiply(&values);
+            let few: Vec<f32> = values.chunks(n_few * n_in).flat_map(&mut multiply).collect();
+            // Values are 0.6 large in the mean.
+            assert_close("y", &many, &few, |_| TENSOR * TOLERANCE * 0.4 * n_in as f64);
+        }
+    }
+}
+
+#[test]
+fn neighbours_make_stacks() {
+    let device = device();
+    let buffer = device.alloc(64 * 32 * 2).unwrap();
+    let rows = |first: usize, n_rows: usize, dtype: Dtype| {
+        DeviceMatrix::new(buffer.view().slice(first * 64, n_rows * 64), dtype, n_rows, 64 / dtype.n_bytes()).unwrap()
+    };
+    let (first, second, third) = (rows(0, 8, Dtype::F16), rows(8, 3, Dtype::F16), rows(11, 53, Dtype::F16));
+    let stack = DeviceMatrix::stacked(&[first, second, third]).unwrap();
+    assert_eq!((stack.n_rows(), stack.n_cols(), stack.n_bytes()), (64, 32, 64 * 64));
+    assert!(DeviceMatrix::stacked(&[]).is_none());
+    assert!(DeviceMatrix::stacked(&[first, third]).is_none(), "a gap");
+    assert!(DeviceMatrix::stacked(&[second, first]).is_none(), "the wrong order");
+    assert!(DeviceMatrix::stacked(&[first, rows(8, 3, Dtype::Bf16)]).is_none(), "two types");
+    assert!(DeviceMatrix::stacked(&[first, rows(8, 3, Dtype::F32)]).is_none(), "two widths");
 }
 
 #[test]

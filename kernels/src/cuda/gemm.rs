@@ -1,26 +1,14 @@
-//! Products of a batch with a matrix: cuBLASLt where the machine has it, else the kernels of `prefill_gemm.cu`.
-//!
-//! A plan (descriptors and algorithm) is made once for each shape, the workspace once. Algorithms that add up with
-//! atomics are left out, so that a product has the same bits every time.
+//! Products of a batch with a matrix: cuBLASLt where the machine has it, else the kernels of `prefill_gemm.cu` and, on
+//! Hopper, of `prefill_gemm_hopper.cu`.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
-use std::ffi::c_void;
+use cudarc::driver::sys;
 
-use cudarc::cublaslt::result::CublasError;
-use cudarc::cublaslt::{result, sys};
-
+use super::cublas::{self, Cublas};
+use super::error::Context as _;
 use super::prefill::rounded_bytes;
-use super::{Buffer, CudaError, Device, DeviceMatrix, Dtype, View};
+use super::{CudaError, Device, DeviceMatrix, Dtype, View};
 use crate::shape::check;
 
-/// What the library recommends for Hopper; elsewhere it uses less.
-const WORKSPACE_BYTES: usize = 32 << 20;
-/// `cublasOperation_t`.
-const OPERATION_NONE: i32 = 0;
-const OPERATION_TRANSPOSE: i32 = 1;
-/// Best alignment that the library asks about.
-const ALIGNMENT_MAX: u32 = 256;
 /// Columns of x that a tile of `prefill_gemm.cu` holds.
 const DEPTH: usize = 32;
 /// Elements between the rows of a tile beyond their width.
@@ -52,11 +40,11 @@ pub struct GemmCall<'a> {
 }
 
 impl GemmCall<'_> {
-    fn n_in(&self) -> usize {
+    pub(super) fn n_in(&self) -> usize {
         if self.transposed { self.w.n_rows() } else { self.w.n_cols() }
     }
 
-    fn n_out(&self) -> usize {
+    pub(super) fn n_out(&self) -> usize {
         if self.transposed { self.w.n_cols() } else { self.w.n_rows() }
     }
 }
@@ -79,6 +67,12 @@ impl Gemm {
     /// [`CudaError::OutOfMemory`] for the workspace.
     pub fn new(device: &Device) -> Result<Self, CudaError> {
         Ok(Self { cublas: Cublas::open(device)? })
+    }
+
+    /// Opens cuBLASLt, so that [`Gemm::new`] is quick; for a thread of its own, while weights are on their way. Says
+    /// whether it is there.
+    pub fn preload() -> bool {
+        cublas::is_there()
     }
 
     /// With this library's kernels alone.
@@ -126,11 +120,16 @@ const SMALL: Tile = Tile { name: "small", n_tokens: 32, n_outs: 64, n_threads: 1
 /// Rows that are not multiples of 16 bytes.
 const ANY: Tile = Tile { name: "any", n_tokens: 64, n_outs: 64, n_threads: 128, n_stages: 2 };
 
+/// True if the rows of x and w start at multiples of 16 bytes.
+fn is_aligned(call: &GemmCall<'_>) -> bool {
+    let row_bytes = [call.n_in(), call.w.n_cols()].map(|n| (n * call.w.dtype().n_bytes()) as u64);
+    let addresses = [call.x.address(), call.w.data().address()];
+    row_bytes.into_iter().chain(addresses).all(|n| n.is_multiple_of(16))
+}
+
 impl Tile {
     fn of(device: &Device, call: &GemmCall<'_>) -> Self {
-        let row_elements = [call.n_in(), call.w.n_cols()];
-        let addresses = [call.x.address(), call.w.data().address()];
-        if row_elements.iter().any(|n| n % 8 != 0) || addresses.iter().any(|a| a % 16 != 0) {
+        if !is_aligned(call) {
             return ANY;
         }
         let n_large = call.n_tokens.div_ceil(LARGE.n_tokens) * call.n_out().div_ceil(LARGE.n_outs);
@@ -152,6 +151,9 @@ impl Tile {
 
 /// The product by this library's kernels.
 fn multiply(device: &Device, call: &GemmCall<'_>) -> Result<(), CudaError> {
+    if let Some(n_outs) = wide_outs(device, call) {
+        return multiply_wide(device, call, n_outs);
+    }
     let suffix = if call.transposed { "_t" } else { "" };
     let dtype = call.w.dtype().suffix();
     let (kernel, tile_tokens, tile_outs, n_threads, shared_bytes) = match call.w.dtype() {
@@ -177,6 +179,114 @@ fn multiply(device: &Device, call: &GemmCall<'_>) -> Result<(), CudaError> {
     unsafe { device.launch(&kernel, grid, n_threads, shared_bytes, &args) }
 }
 
+/// Tokens and columns of a tile of `prefill_gemm_hopper.cu`, and blocks of a cluster.
+const WIDE_TOKENS: usize = 128;
+const WIDE_DEPTH: usize = 64;
+const WIDE_CLUSTER: usize = 2;
+const WIDE_THREADS: usize = 288;
+/// Outputs of a tile, narrow and wide, and the stages that fit beside each other.
+const WIDE_OUTS: [(usize, usize); 2] = [(128, 6), (256, 4)];
+/// Time of a wide tile in times of a narrow one: twice the arithmetic, with fewer bytes for each.
+const WIDE_COST: f64 = 1.75;
+
+/// A `CUtensorMap`.
+#[repr(C, align(64))]
+struct TensorMap([u64; 16]);
+
+#[repr(C)]
+struct PrefillGemmWideArgs {
+    x: TensorMap,
+    w: TensorMap,
+    y: u64,
+    n_tokens: i32,
+    n_in: i32,
+    n_out: i32,
+    accumulate: i32,
+}
+
+fn wide_kernel(call: &GemmCall<'_>, n_outs: usize) -> String {
+    let suffix = if call.transposed { "_t" } else { "" };
+    format!("prefill_gemm_{}_wide{n_outs}{suffix}", call.w.dtype().suffix())
+}
+
+/// Outputs of a tile of the kernel for Hopper, if this device has it and there are tokens for more than one.
+fn wide_outs(device: &Device, call: &GemmCall<'_>) -> Option<usize> {
+    let [(narrow, _), (wide, _)] = WIDE_OUTS;
+    if call.n_tokens <= WIDE_TOKENS || !is_aligned(call) || !device.has_kernel(&wide_kernel(call, narrow)) {
+        return None;
+    }
+    let rounds = |n_outs: usize| {
+        let [n_token_tiles, n_out_tiles, _] = wide_grid(call, n_outs);
+        (n_token_tiles * n_out_tiles).div_ceil(device.n_multiprocessors()) as f64
+    };
+    Some(if rounds(wide) * WIDE_COST < rounds(narrow) { wide } else { narrow })
+}
+
+fn wide_grid(call: &GemmCall<'_>, n_outs: usize) -> [usize; 3] {
+    let n_token_tiles = call.n_tokens.div_ceil(WIDE_TOKENS).next_multiple_of(WIDE_CLUSTER);
+    [n_token_tiles, call.n_out().div_ceil(n_outs), 1]
+}
+
+/// The product by the kernel for Hopper, `n_outs` outputs in a tile.
+fn multiply_wide(device: &Device, call: &GemmCall<'_>, n_outs: usize) -> Result<(), CudaError> {
+    let n_rows_x = call.x.len_bytes() / (call.n_in() * call.w.dtype().n_bytes());
+    let box_rows_w = if call.transposed { WIDE_DEPTH } else { n_outs / WIDE_CLUSTER };
+    let (_, n_stages) = WIDE_OUTS.into_iter().find(|&(outs, _)| outs == n_outs).expect("one of the two");
+    let stage_bytes = (WIDE_TOKENS + n_outs) * WIDE_DEPTH * call.w.dtype().n_bytes();
+    // The barriers of the stages come after them, up to the next multiple of their alignment.
+    let shared_bytes = n_stages * stage_bytes + 1024;
+    let grid = wide_grid(call, n_outs);
+    check_grid("outputs of a product", grid[1], n_outs)?;
+    device.context.make_current()?;
+    let args = PrefillGemmWideArgs {
+        x: tensor_map(call.w.dtype(), call.x, n_rows_x, call.n_in(), WIDE_TOKENS)?,
+        w: tensor_map(call.w.dtype(), call.w.data(), call.w.n_rows(), call.w.n_cols(), box_rows_w)?,
+        y: call.y.address(),
+        n_tokens: call.n_tokens as i32,
+        n_in: call.n_in() as i32,
+        n_out: call.n_out() as i32,
+        accumulate: call.accumulate.into(),
+    };
+    // SAFETY: the lengths of x and y were checked by `Gemm::multiply`, that of w by its maker; the maps end where the
+    // matrices do.
+    unsafe { device.launch(&wide_kernel(call, n_outs), grid, WIDE_THREADS, shared_bytes, &args) }
+}
+
+/// Boxes of `box_rows` rows and [`WIDE_DEPTH`] columns of the matrix `(n_rows, n_cols)` at `data`, in swizzled rows.
+fn tensor_map(
+    dtype: Dtype,
+    data: View<'_>,
+    n_rows: usize,
+    n_cols: usize,
+    box_rows: usize,
+) -> Result<TensorMap, CudaError> {
+    let element = match dtype {
+        Dtype::Bf16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        _ => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+    };
+    let mut map = sys::CUtensorMap { opaque: [0; 16] };
+    // SAFETY: writes the map; the arrays are as long as the two dimensions ask for.
+    unsafe {
+        sys::cuTensorMapEncodeTiled(
+            &mut map,
+            element,
+            2,
+            data.address() as *mut _,
+            [n_cols as u64, n_rows as u64].as_ptr(),
+            [(n_cols * dtype.n_bytes()) as u64].as_ptr(),
+            [WIDE_DEPTH as u32, box_rows as u32].as_ptr(),
+            [1, 1].as_ptr(),
+            sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+            sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    }
+    .result()
+    .during("describe a matrix to the device")?;
+    Ok(TensorMap(map.opaque))
+}
+
 /// Grids have at most 65535 blocks in their second dimension.
 pub(super) fn check_grid(what: &'static str, n_blocks: usize, per_block: usize) -> Result<(), CudaError> {
     let max = usize::from(u16::MAX);
@@ -184,228 +294,4 @@ pub(super) fn check_grid(what: &'static str, n_blocks: usize, per_block: usize) 
         return Err(CudaError::Unsupported { what, found: n_blocks * per_block, max: max * per_block });
     }
     Ok(())
-}
-
-/// The library, opened.
-#[derive(Debug)]
-struct Cublas {
-    handle: sys::cublasLtHandle_t,
-    workspace: Buffer,
-    /// `None` for shapes that the library does not take.
-    plans: HashMap<PlanKey, Option<Plan>>,
-}
-
-// SAFETY: the handle is the library's, which takes calls from any thread, one at a time.
-unsafe impl Send for Cublas {}
-
-/// What an algorithm depends on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct PlanKey {
-    dtype: Dtype,
-    transposed: bool,
-    n_tokens: usize,
-    n_in: usize,
-    n_out: usize,
-    /// Of w, x and y, in bytes.
-    alignments: [u32; 3],
-}
-
-/// In the words of cuBLAS, whose matrices are column-major: `D (n_out, n_tokens) = op(A) B + beta D` with A the weights
-/// and B the batch.
-#[derive(Debug)]
-struct Plan {
-    desc: sys::cublasLtMatmulDesc_t,
-    a: sys::cublasLtMatrixLayout_t,
-    b: sys::cublasLtMatrixLayout_t,
-    d: sys::cublasLtMatrixLayout_t,
-    algo: sys::cublasLtMatmulAlgo_t,
-}
-
-impl Cublas {
-    fn open(device: &Device) -> Result<Option<Self>, CudaError> {
-        // SAFETY: opens the library, whose initialisation is its own. Asked first, because what follows panics without
-        // it.
-        if !unsafe { sys::is_culib_present() } {
-            return Ok(None);
-        }
-        device.context.make_current()?;
-        let workspace = device.alloc(WORKSPACE_BYTES)?;
-        // A library that does not start here, such as one for other devices, is as good as none.
-        Ok(result::create_handle().ok().map(|handle| Self { handle, workspace, plans: HashMap::new() }))
-    }
-
-    /// False if the library does not take this shape.
-    fn multiply(&mut self, device: &Device, call: &GemmCall<'_>) -> Result<bool, CudaError> {
-        device.context.make_current()?;
-        let plane_bytes = (call.n_tokens * call.n_in() * call.w.dtype().n_bytes()) as u64;
-        let n_planes = call.x.len_bytes() as u64 / plane_bytes.max(1);
-        let planes = (0..n_planes).map(|plane| call.x.address() + plane * plane_bytes);
-        let alignment = |address: u64| ALIGNMENT_MAX.min(1 << address.trailing_zeros().min(8));
-        let key = PlanKey {
-            dtype: call.w.dtype(),
-            transposed: call.transposed,
-            n_tokens: call.n_tokens,
-            n_in: call.n_in(),
-            n_out: call.n_out(),
-            alignments: [
-                alignment(call.w.data().address()),
-                planes.clone().map(alignment).min().unwrap_or(1),
-                alignment(call.y.address()),
-            ],
-        };
-        let plan = match self.plans.entry(key) {
-            Entry::Occupied(entry) => entry.into_mut(),
-            Entry::Vacant(entry) => entry.insert(Plan::new(self.handle, &key).during("plan a product")?),
-        };
-        let Some(plan) = plan else {
-            return Ok(false);
-        };
-        let alpha = 1.0_f32;
-        for (plane, x) in planes.enumerate() {
-            let beta = if call.accumulate || plane > 0 { 1.0_f32 } else { 0.0 };
-            // SAFETY: the plan's layouts describe buffers whose lengths were checked by `Gemm::multiply`; handle,
-            // workspace and stream live as long as `self` and `device`.
-            unsafe {
-                result::matmul(
-                    self.handle,
-                    plan.desc,
-                    (&raw const alpha).cast(),
-                    (&raw const beta).cast(),
-                    call.w.data().address() as *const c_void,
-                    plan.a,
-                    x as *const c_void,
-                    plan.b,
-                    call.y.address() as *const c_void,
-                    plan.d,
-                    call.y.address() as *mut c_void,
-                    plan.d,
-                    &plan.algo,
-                    self.workspace.view().address() as *mut c_void,
-                    WORKSPACE_BYTES,
-                    device.stream().cast(),
-                )
-            }
-            .during("multiply a batch")?;
-        }
-        Ok(true)
-    }
-}
-
-impl Drop for Cublas {
-    fn drop(&mut self) {
-        self.plans.clear();
-        // SAFETY: made by `open`, destroyed once, after the plans.
-        let _ = unsafe { result::destroy_handle(self.handle) };
-    }
-}
-
-impl Plan {
-    /// `None` if the library has no algorithm for `key`.
-    fn new(handle: sys::cublasLtHandle_t, key: &PlanKey) -> Result<Option<Self>, CublasError> {
-        use sys::cublasLtMatmulDescAttributes_t as DescAttribute;
-        use sys::cublasLtMatmulPreferenceAttributes_t as PrefAttribute;
-        use sys::cudaDataType_t::{CUDA_R_16BF, CUDA_R_16F, CUDA_R_32F};
-
-        let weights = match key.dtype {
-            Dtype::F32 => CUDA_R_32F,
-            Dtype::F16 => CUDA_R_16F,
-            Dtype::Bf16 => CUDA_R_16BF,
-        };
-        let (n_in, n_out, n_tokens) = (key.n_in as u64, key.n_out as u64, key.n_tokens as u64);
-        let (a_rows, a_cols) = if key.transposed { (n_out, n_in) } else { (n_in, n_out) };
-        let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
-        let mut plan = Self {
-            desc: result::create_matmul_desc(compute, CUDA_R_32F)?,
-            a: std::ptr::null_mut(),
-            b: std::ptr::null_mut(),
-            d: std::ptr::null_mut(),
-            algo: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
-        };
-        plan.a = result::create_matrix_layout(weights, a_rows, a_cols, a_rows as i64)?;
-        plan.b = result::create_matrix_layout(weights, n_in, n_tokens, n_in as i64)?;
-        plan.d = result::create_matrix_layout(CUDA_R_32F, n_out, n_tokens, n_out as i64)?;
-        let operation: i32 = if key.transposed { OPERATION_NONE } else { OPERATION_TRANSPOSE };
-        // SAFETY: the attribute is an operation, which has the size of an int; read during the call.
-        unsafe {
-            result::set_matmul_desc_attribute(
-                plan.desc,
-                DescAttribute::CUBLASLT_MATMUL_DESC_TRANSA,
-                (&raw const operation).cast(),
-                size_of_val(&operation),
-            )?;
-        }
-
-        let preference = Preference(result::create_matmul_pref()?);
-        let schemes = sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
-        preference.set(PrefAttribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &WORKSPACE_BYTES)?;
-        preference.set(PrefAttribute::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes)?;
-        let [w, x, y] = &key.alignments;
-        preference.set(PrefAttribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, w)?;
-        preference.set(PrefAttribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, x)?;
-        preference.set(PrefAttribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, y)?;
-        preference.set(PrefAttribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, y)?;
-        // SAFETY: handle, descriptors and preference are alive.
-        let found = unsafe {
-            result::get_matmul_algo_heuristic(handle, plan.desc, plan.a, plan.b, plan.d, plan.d, preference.0)
-        };
-        match found {
-            Ok(found) => {
-                plan.algo = found.algo;
-                Ok(Some(plan))
-            }
-            Err(CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED)) => Ok(None),
-            Err(error) => Err(error),
-        }
-    }
-}
-
-impl Drop for Plan {
-    fn drop(&mut self) {
-        // SAFETY: what `new` made, destroyed once; null where it failed half-way.
-        unsafe {
-            for layout in [self.a, self.b, self.d].into_iter().filter(|layout| !layout.is_null()) {
-                let _ = result::destroy_matrix_layout(layout);
-            }
-            let _ = result::destroy_matmul_desc(self.desc);
-        }
-    }
-}
-
-/// What is asked of an algorithm.
-struct Preference(sys::cublasLtMatmulPreference_t);
-
-impl Preference {
-    fn set<T>(
-        &self,
-        attribute: sys::cublasLtMatmulPreferenceAttributes_t,
-        value: &T,
-    ) -> Result<(), CublasError> {
-        // SAFETY: the value is read during the call, which refuses a size that is not the attribute's.
-        unsafe {
-            result::set_matmul_pref_attribute(
-                self.0,
-                attribute,
-                std::ptr::from_ref(value).cast(),
-                size_of::<T>(),
-            )
-        }
-    }
-}
-
-impl Drop for Preference {
-    fn drop(&mut self) {
-        // SAFETY: made once, destroyed once.
-        let _ = unsafe { result::destroy_matmul_pref(self.0) };
-    }
-}
-
-/// Adds what was tried to the library's answer.
-trait Context<T> {
-    fn during(self, action: &'static str) -> Result<T, CudaError>;
-}
-
-impl<T> Context<T> for Result<T, CublasError> {
-    fn during(self, action: &'static str) -> Result<T, CudaError> {
-        self.map_err(|CublasError(status)| CudaError::Cublas { action, status: format!("{status:?}") })
-    }
 }

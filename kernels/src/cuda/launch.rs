@@ -94,6 +94,17 @@ impl<'a> DeviceMatrix<'a> {
         Ok(Self { data, dtype, n_rows, n_cols })
     }
 
+    /// One matrix of all the rows of `matrices`, where they lie one after the other, of one type and width: what reads
+    /// the same input is then one product.
+    pub fn stacked(matrices: &[Self]) -> Option<Self> {
+        let (first, rest) = matrices.split_first()?;
+        rest.iter().try_fold(*first, |stack, next| {
+            let fits = (stack.dtype, stack.n_cols) == (next.dtype, next.n_cols);
+            let data = stack.data.joined(next.data).filter(|_| fits)?;
+            Self::new(data, stack.dtype, stack.n_rows + next.n_rows, stack.n_cols).ok()
+        })
+    }
+
     /// Element type.
     pub fn dtype(&self) -> Dtype {
         self.dtype

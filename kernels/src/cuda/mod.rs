@@ -5,6 +5,7 @@
 //! a [`Graph`] is a recorded run of them. Deliberately absent: any knowledge of a model, any choice of what runs on
 //! which device, and the CUDA toolkit.
 
+mod cublas;
 mod device;
 mod error;
 mod gemm;

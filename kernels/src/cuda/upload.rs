@@ -15,11 +15,11 @@ use std::thread;
 
 use super::{Buffer, CudaError, Device, HostBuffer, Mapped, View};
 
-/// Bytes of a page-locked buffer: some hundred microseconds of copying, many times what starting it takes.
-const CHUNK_BYTES_MAX: usize = 4 << 20;
+/// Bytes of a page-locked buffer: some ten microseconds of copying, many times what starting it takes.
+const CHUNK_BYTES_MAX: usize = 2 << 20;
 const CHUNK_BYTES_MIN: usize = 64 << 10;
-/// Most threads that read: one reads about 10 GB/s, the fastest buses move 60.
-const READERS_MAX: usize = 8;
+/// Most threads that read: one reads some 5 GB/s, the fastest buses move 60.
+const READERS_MAX: usize = 16;
 /// Buffers for each reader: one is filled while another is copied.
 const BUFFERS_PER_READER: usize = 2;
 
@@ -140,9 +140,6 @@ fn copy(
     let chunk_bytes = (to.len_bytes() / (4 * n_buffers)).clamp(CHUNK_BYTES_MIN, CHUNK_BYTES_MAX);
     let (free, to_fill) = channel();
     let (filled, to_copy) = channel();
-    for _ in 0..n_buffers {
-        free.send(device.alloc_host(chunk_bytes)?).expect("the other end is here");
-    }
     let offsets = Mutex::new((0..to.len_bytes()).step_by(chunk_bytes));
     let to_fill = Mutex::new(to_fill);
     thread::scope(|scope| {
@@ -152,7 +149,14 @@ fn copy(
         }
         drop(filled);
         let mut copied = VecDeque::new();
-        let started = start_copies(device, to, &to_copy, free, n_readers, &mut copied, progress);
+        // Readers fill the first buffers while the others are made.
+        let started = (0..n_buffers)
+            .try_for_each(|_| {
+                // Nobody takes it once every reader has ended.
+                let _ = free.send(device.alloc_host(chunk_bytes)?);
+                Ok(())
+            })
+            .and_then(|()| start_copies(device, to, &to_copy, free, n_readers, &mut copied, progress));
         // Before the buffers go: a copy may be under way, also where another could not be started.
         let arrived = device.synchronize();
         // Readers find that nobody waits for them any more.
