@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use half::f16;
 use kernels::cuda::{
-    AttentionCall, AttentionScratch, Buffer, CudaError, Device, DeviceLimits, DeviceMatrix, DeviceRows, DownCall,
+    AttentionCall, AttentionScratch, Buffer, CudaError, DecodeCall, DecodeLayer, DecodeScratch, Device, DeviceLimits, DeviceMatrix, DeviceRows, DownCall,
     DownScratch, Dtype, GateUpCall, MatvecCall, QkvCall, View,
 };
 use kernels::{Activation, AttentionShape};
@@ -80,6 +80,8 @@ struct Bench {
     ids: Buffer,
     attention_scratch: AttentionScratch,
     down_scratch: DownScratch,
+    decode_scratch: DecodeScratch,
+    layer_counts: Buffer,
     context: usize,
     limit: u32,
     threshold: f32,
@@ -173,6 +175,8 @@ impl Bench {
             ids: device.alloc(4 * attention.n_positions_max)?,
             attention_scratch: device.attention_scratch(&attention)?,
             down_scratch: device.down_scratch(f, d)?,
+            decode_scratch: device.decode_scratch(&attention, d, f, 2)?.expect("widths of models fit"),
+            layer_counts: device.alloc(16 * shape.n_layers)?,
             limit: (d as f64 / 2.0 + spread * normal_quantile(keep)).round() as u32,
             threshold: 0.0,
             device,
@@ -214,6 +218,56 @@ impl Bench {
     fn signs(&self, layer: usize) -> View<'_> {
         let offset = self.shape.offsets()[7] * 2;
         self.layers[layer].weights.view().slice(offset, self.shape.f * self.shape.d.div_ceil(32) * 4)
+    }
+
+    fn rows_of(&self, layer: usize, mode: Mode) -> DeviceRows<'_> {
+        match mode {
+            Mode::Dense => DeviceRows::All,
+            Mode::Exact => DeviceRows::Active,
+            Mode::Predicted => {
+                DeviceRows::Predicted { signs: self.signs(layer), limits: DeviceLimits::Layer(self.limit) }
+            }
+        }
+    }
+
+    /// A token as one kernel.
+    fn decode(&self, mode: Mode) -> Result<(), CudaError> {
+        let Shape { d, f, n_heads, n_kv_heads, head_dim, .. } = self.shape;
+        let layers = (0..self.layers.len())
+            .map(|layer| {
+                Ok(DecodeLayer {
+                    w_q: self.matrix(layer, 0, n_heads * head_dim, d)?,
+                    w_k: self.matrix(layer, 1, n_kv_heads * head_dim, d)?,
+                    w_v: self.matrix(layer, 2, n_kv_heads * head_dim, d)?,
+                    w_o: self.matrix(layer, 3, d, n_heads * head_dim)?,
+                    w_gate: self.matrix(layer, 4, f, d)?,
+                    w_up: self.matrix(layer, 5, f, d)?,
+                    w_down_t: self.matrix(layer, 6, f, d)?,
+                    rows: self.rows_of(layer, mode),
+                    attn_norm: self.norm.view(),
+                    mlp_norm: self.norm.view(),
+                    keys: self.layers[layer].keys.view(),
+                    values: self.layers[layer].values.view(),
+                })
+            })
+            .collect::<Result<Vec<_>, CudaError>>()?;
+        self.device.decode(&DecodeCall {
+            shape: self.attention,
+            embedding: self.embedding()?,
+            lm_head: self.embedding()?,
+            final_norm: self.norm.view(),
+            layers: &layers,
+            cos: self.angles.view(),
+            sin: self.angles.view(),
+            activation: Activation::FatRelu(self.threshold),
+            eps: EPS,
+            state: self.state.view(),
+            ids: self.ids.view(),
+            logits: self.logits.view(),
+            counts: self.layer_counts.view(),
+            greedy: true,
+            scratch: &self.decode_scratch,
+        })
     }
 
     fn qkv(&self, layer: usize) -> Result<(), CudaError> {
@@ -263,14 +317,7 @@ impl Bench {
         self.device.gate_up(&GateUpCall {
             w_gate: self.matrix(layer, 4, self.shape.f, self.shape.d)?,
             w_up: self.matrix(layer, 5, self.shape.f, self.shape.d)?,
-            rows: match mode {
-                Mode::Dense => DeviceRows::All,
-                Mode::Exact => DeviceRows::Active,
-                Mode::Predicted => DeviceRows::Predicted {
-                    signs: self.signs(layer),
-                    limits: DeviceLimits::Layer(self.limit),
-                },
-            },
+            rows: self.rows_of(layer, mode),
             activation: Activation::FatRelu(self.threshold),
             x: self.x.view(),
             norm: self.norm.view(),
@@ -341,6 +388,19 @@ impl Bench {
         Ok(counts.map(|count| count as f64 / self.layers.len() as f64))
     }
 
+    /// Largest difference of a logit between the two ways, as a share of the largest logit.
+    fn difference(&self, mode: Mode) -> Result<f32, CudaError> {
+        let mut logits = [0, 1].map(|_| vec![0.0f32; self.shape.vocab_size]);
+        for (way, logits) in logits.iter_mut().enumerate() {
+            self.device.write(self.state.view(), &[7u32, self.context as u32])?;
+            if way == 0 { self.token(mode)? } else { self.decode(mode)? }
+            self.device.read(self.logits.view(), logits)?;
+        }
+        let largest = logits[0].iter().fold(0.0f32, |largest, v| largest.max(v.abs()));
+        let pairs = logits[0].iter().zip(&logits[1]);
+        Ok(pairs.fold(0.0f32, |worst, (a, b)| if (a - b).abs() <= worst { worst } else { (a - b).abs() }) / largest)
+    }
+
     fn report(&self, keep: f64, gb_per_s: f64, verbose: bool) -> Result<(), CudaError> {
         let Shape { d, f, n_layers, n_heads, n_kv_heads, head_dim, vocab_size, .. } = self.shape;
         let (q, kv) = ((n_heads * head_dim) as f64, (n_kv_heads * head_dim) as f64);
@@ -348,7 +408,7 @@ impl Bench {
         let line = |name: &str, [us, low, high]: [f64; 3], n: f64, bytes: f64| {
             let rate = n * bytes / us / 1e3;
             println!(
-                "{name:<22} {:9.2} us ({:.2} to {:.2})  {:8.2} MB  {rate:7.0} GB/s  {:5.1} %",
+                "{name:<28} {:9.2} us ({:.2} to {:.2})  {:8.2} MB  {rate:7.0} GB/s  {:5.1} %",
                 us / n,
                 low / n,
                 high / n,
@@ -381,14 +441,18 @@ impl Bench {
             }
             let layer_bytes = (2.0 * q + 2.0 * kv) * row + kv_bytes + signs + (n_kept + n_up + n_down) * row;
             let bytes = layers * layer_bytes + vocab_size as f64 * row;
-            let times = self.time_us(|| self.token(mode))?;
-            line(&format!("token {mode:?}"), times, 1.0, bytes);
+            let graph = self.time_us(|| self.token(mode))?;
+            line(&format!("token {mode:?}, kernels"), graph, 1.0, bytes);
+            let decode = self.time_us(|| self.decode(mode))?;
+            line(&format!("token {mode:?}, one kernel"), decode, 1.0, bytes);
             println!(
-                "  {} {mode:?} keep {keep}: {:.1} tok/s, rows kept {:.1} %, active {:.1} %",
+                "  {} {mode:?} keep {keep}: {:.1} and {:.1} tok/s, rows kept {:.1} %, active {:.1} %, logits differ by {:.1e}",
                 self.shape.name,
-                1e6 / times[0],
+                1e6 / graph[0],
+                1e6 / decode[0],
                 100.0 * n_kept / f as f64,
-                100.0 * n_active / f as f64
+                100.0 * n_active / f as f64,
+                self.difference(mode)?
             );
         }
         Ok(())

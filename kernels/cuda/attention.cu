@@ -63,11 +63,6 @@ __device__ __forceinline__ void load_dims(const Cache* row, int dim, int head_di
 template <int GROUP>
 constexpr int POSITIONS_FOR = GROUP == 4 ? 2 : 4;
 
-// Factor that brings sums relative to maximum up to those relative to the larger one.
-__device__ __forceinline__ float rescale(float maximum, float larger) {
-    return maximum == -INFINITY ? 0.0f : exp2f(maximum - larger);
-}
-
 template <int LANES, int GROUP, typename Cache>
 __device__ __forceinline__ void attention(const AttentionArgs& a) {
     __shared__ float warp_sums[ATTENTION_WARPS][GROUP][LANES * LANE_DIMS];

@@ -5,7 +5,9 @@
 
 #pragma once
 
+#include <climits>
 #include <cstdint>
+#include <type_traits>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -108,6 +110,9 @@ __device__ __forceinline__ float block_sum(float v, float* scratch) {
     return warp_sum(lane_id() < n_warps ? scratch[lane_id()] : 0.0f);
 }
 
+// Rows that are read, as the host numbers them.
+enum Rows : uint32_t { ALL = 0, ACTIVE = 1, PREDICTED = 2 };
+
 // Activations, as the host numbers them.
 enum Activation : uint32_t { RELU = 0, FATRELU = 1, SILU = 2 };
 
@@ -122,9 +127,15 @@ __device__ __forceinline__ float activate(uint32_t activation, float threshold, 
     }
 }
 
-// First of the units that block gets when n_units are dealt to n_blocks in contiguous runs of nearly equal length.
+// Factor that brings sums relative to maximum up to those relative to the larger one.
+__device__ __forceinline__ float rescale(float maximum, float larger) {
+    return maximum == -INFINITY ? 0.0f : exp2f(maximum - larger);
+}
+
+// First of the units that block gets when n_units are dealt to n_blocks in contiguous runs, the first ones one longer.
 __device__ __forceinline__ int share_begin(int n_units, int block, int n_blocks) {
-    return static_cast<int>(static_cast<int64_t>(n_units) * block / n_blocks);
+    const int each = static_cast<unsigned>(n_units) / static_cast<unsigned>(n_blocks);
+    return block * each + min(block, n_units - each * n_blocks);
 }
 
 // Where a token stands; written by the last kernel of a token, read by all of the next.

@@ -19,9 +19,6 @@
 
 #include "dot.cuh"
 
-// Rows that are read, as the host numbers them.
-enum Rows : uint32_t { ALL = 0, ACTIVE = 1, PREDICTED = 2 };
-
 struct GateUpArgs {
     RowCut cut;
     const void* w_gate;

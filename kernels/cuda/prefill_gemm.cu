@@ -183,8 +183,8 @@ __device__ __forceinline__ void prefill_gemm(const PrefillGemmArgs& a) {
     PREFILL_GEMM(TYPE##_large_t, T, 128, 128, 2, 4, 4, true, true)           \
     PREFILL_GEMM(TYPE##_medium, T, 64, 64, 2, 2, 5, false, true)             \
     PREFILL_GEMM(TYPE##_medium_t, T, 64, 64, 2, 2, 5, true, true)            \
-    PREFILL_GEMM(TYPE##_small, T, 32, 64, 2, 2, 6, false, true)              \
-    PREFILL_GEMM(TYPE##_small_t, T, 32, 64, 2, 2, 6, true, true)             \
+    PREFILL_GEMM(TYPE##_small, T, 32, 32, 2, 2, 8, false, true)              \
+    PREFILL_GEMM(TYPE##_small_t, T, 32, 32, 2, 2, 8, true, true)             \
     PREFILL_GEMM(TYPE##_any, T, 64, 64, 2, 2, 2, false, false)               \
     PREFILL_GEMM(TYPE##_any_t, T, 64, 64, 2, 2, 2, true, false)
 

@@ -68,13 +68,15 @@ __device__ __forceinline__ void expect_bytes(uint64_t* barrier, uint32_t n_bytes
                  : "memory");
 }
 
-// Arrives at the barrier of block rank of the cluster.
+// Arrives at the barrier of block rank of the cluster. Neither this nor the wait orders memory beyond the block: what
+// crosses blocks is written by the copies and read by the products, and the barriers order those. At the cluster's
+// scope each would wait for all memory accesses, which costs more than a stage's products.
 __device__ __forceinline__ void arrive_at(uint64_t* barrier, uint32_t rank) {
     asm volatile(
         "{\n"
         ".reg .b32 remote;\n"
         "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
         "}" ::"r"(shared_address(barrier)),
         "r"(rank)
         : "memory");
@@ -85,7 +87,7 @@ __device__ __forceinline__ void wait_at(uint64_t* barrier, uint32_t parity) {
         "{\n"
         ".reg .pred done;\n"
         "again:\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
         "@done bra over;\n"
         "bra again;\n"
         "over:\n"

@@ -293,7 +293,7 @@ impl Device {
         self.kernels.contains_key(kernel)
     }
 
-    /// Launches `kernel` with one argument, a struct.
+    /// Launches `kernel` with one argument, a struct; it may start while the kernel before ends.
     ///
     /// # Safety
     /// `args` is the struct that the kernel declares, and every address in it is valid for what the kernel does there.
@@ -305,6 +305,48 @@ impl Device {
         shared_bytes: usize,
         args: &A,
     ) -> Result<(), CudaError> {
+        let overlap = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue_union { programmaticStreamSerializationAllowed: 1 },
+        };
+        let attributes = if self.overlap { vec![overlap] } else { vec![] };
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_with(kernel, grid, n_threads, shared_bytes, args, attributes) }
+    }
+
+    /// Launches `kernel` with all its blocks on the device at once, so that they can wait for each other.
+    ///
+    /// # Safety
+    /// As [`Device::launch`].
+    pub(super) unsafe fn launch_together<A>(
+        &self,
+        kernel: &str,
+        n_blocks: usize,
+        n_threads: usize,
+        shared_bytes: usize,
+        args: &A,
+    ) -> Result<(), CudaError> {
+        let together = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_COOPERATIVE,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue_union { cooperative: 1 },
+        };
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_with(kernel, [n_blocks, 1, 1], n_threads, shared_bytes, args, vec![together]) }
+    }
+
+    /// # Safety
+    /// As [`Device::launch`].
+    unsafe fn launch_with<A>(
+        &self,
+        kernel: &str,
+        grid: [usize; 3],
+        n_threads: usize,
+        shared_bytes: usize,
+        args: &A,
+        mut attributes: Vec<sys::CUlaunchAttribute>,
+    ) -> Result<(), CudaError> {
         self.context.make_current()?;
         let function = self.kernels[kernel];
         if shared_bytes > SHARED_BYTES_UNASKED {
@@ -313,11 +355,6 @@ impl Device {
             unsafe { result::function::set_function_attribute(function, attribute, shared_bytes as i32) }
                 .during("ask for shared memory")?;
         }
-        let mut overlap = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            pad: [0; 4],
-            value: sys::CUlaunchAttributeValue_union { programmaticStreamSerializationAllowed: 1 },
-        };
         let config = sys::CUlaunchConfig {
             gridDimX: grid[0] as u32,
             gridDimY: grid[1] as u32,
@@ -327,8 +364,8 @@ impl Device {
             blockDimZ: 1,
             sharedMemBytes: shared_bytes as u32,
             hStream: self.context.stream,
-            attrs: &mut overlap,
-            numAttrs: u32::from(self.overlap),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: attributes.len() as u32,
         };
         let mut params = [std::ptr::from_ref(args).cast_mut().cast::<c_void>()];
         // SAFETY: the caller's promise; config and params are alive during the call, which copies them.

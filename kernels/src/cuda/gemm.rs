@@ -116,7 +116,7 @@ struct Tile {
 
 const LARGE: Tile = Tile { name: "large", n_tokens: 128, n_outs: 128, n_threads: 256, n_stages: 4 };
 const MEDIUM: Tile = Tile { name: "medium", n_tokens: 64, n_outs: 64, n_threads: 128, n_stages: 5 };
-const SMALL: Tile = Tile { name: "small", n_tokens: 32, n_outs: 64, n_threads: 128, n_stages: 6 };
+const SMALL: Tile = Tile { name: "small", n_tokens: 32, n_outs: 32, n_threads: 128, n_stages: 8 };
 /// Rows that are not multiples of 16 bytes.
 const ANY: Tile = Tile { name: "any", n_tokens: 64, n_outs: 64, n_threads: 128, n_stages: 2 };
 
@@ -132,13 +132,12 @@ impl Tile {
         if !is_aligned(call) {
             return ANY;
         }
-        let n_large = call.n_tokens.div_ceil(LARGE.n_tokens) * call.n_out().div_ceil(LARGE.n_outs);
-        match call.n_tokens {
-            n if n <= SMALL.n_tokens => SMALL,
-            // Large tiles reuse more of what they read, once there are enough of them for the device.
-            n if n > MEDIUM.n_tokens && 4 * n_large >= 3 * device.n_multiprocessors() => LARGE,
-            _ => MEDIUM,
-        }
+        // Large tiles reuse more of what they read, where they are filled and enough for the device.
+        let is_worth_it = |tile: &Self| {
+            let n_tiles = call.n_tokens.div_ceil(tile.n_tokens) * call.n_out().div_ceil(tile.n_outs);
+            2 * call.n_tokens > tile.n_tokens && 4 * n_tiles >= 3 * device.n_multiprocessors()
+        };
+        [LARGE, MEDIUM].into_iter().find(is_worth_it).unwrap_or(SMALL)
     }
 
     /// Dynamic shared memory, as `GemmStage` lays it out.

@@ -606,7 +606,7 @@ impl Device {
                 (signs.address(), limits, limit, 2)
             }
         };
-        let (activation, threshold) = activation_code(call.activation);
+        let (activation, threshold) = activation_args(call.activation);
         let cut = RowCut::new(self, &[*w_gate, *w_up]);
         // h, both queues, and two rows of partial sums; the sign words come beside the vector.
         let row_bytes = 3 * 4 + 2 * cut.n_segs as usize * 4;
@@ -813,16 +813,7 @@ impl Device {
     }
 }
 
-/// As common.cuh numbers it, and its threshold.
-pub(super) fn activation_code(activation: Activation) -> (u32, f32) {
-    match activation {
-        Activation::Relu => (0, 0.0),
-        Activation::FatRelu(threshold) => (1, threshold),
-        Activation::Silu => (2, 0.0),
-    }
-}
-
-fn same_type(what: &'static str, matrices: &[&DeviceMatrix<'_>]) -> Result<(), CudaError> {
+pub(super) fn same_type(what: &'static str, matrices: &[&DeviceMatrix<'_>]) -> Result<(), CudaError> {
     if matrices.iter().all(|w| w.dtype == matrices[0].dtype) {
         Ok(())
     } else {
@@ -834,13 +825,22 @@ pub(super) fn check_floats(what: &'static str, expected: usize, view: View<'_>) 
     Ok(check(what, expected * size_of::<f32>(), view.len_bytes())?)
 }
 
-fn check_state(state: View<'_>) -> Result<(), CudaError> {
+pub(super) fn check_state(state: View<'_>) -> Result<(), CudaError> {
     Ok(check("bytes of a state", 8, state.len_bytes())?)
 }
 
 pub(super) fn check_cache(shape: &AttentionShape, dtype: Dtype, views: [View<'_>; 2]) -> Result<(), CudaError> {
     let n_bytes = shape.n_kv_heads * shape.n_positions_max * shape.head_dim * dtype.n_bytes();
     views.into_iter().try_for_each(|view| Ok(check("bytes of keys or values", n_bytes, view.len_bytes())?))
+}
+
+/// `Activation` of common.cuh, and its threshold.
+pub(super) fn activation_args(activation: Activation) -> (u32, f32) {
+    match activation {
+        Activation::Relu => (0, 0.0),
+        Activation::FatRelu(threshold) => (1, threshold),
+        Activation::Silu => (2, 0.0),
+    }
 }
 
 /// Address of the rows' limits, or zero, and the layer's.

@@ -6,6 +6,7 @@
 //! which device, and the CUDA toolkit.
 
 mod cublas;
+mod decode;
 mod device;
 mod error;
 mod gemm;
@@ -14,6 +15,7 @@ mod memory;
 mod prefill;
 mod upload;
 
+pub use decode::{DecodeCall, DecodeLayer, DecodeScratch};
 pub use device::{Device, DeviceInfo, Event, Graph, list_devices};
 pub use error::CudaError;
 pub use gemm::{Gemm, GemmCall};

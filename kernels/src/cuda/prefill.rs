@@ -4,7 +4,7 @@
 //! structs mirror those at the top of each `prefill_*.cu` file, field by field.
 
 use super::gemm::check_grid;
-use super::launch::{activation_code, check_cache, check_floats, check_limits};
+use super::launch::{activation_args, check_cache, check_floats, check_limits};
 use super::{CudaError, Device, DeviceLimits, DeviceMatrix, Dtype, View};
 use crate::shape::check;
 use crate::{Activation, AttentionShape};
@@ -414,7 +414,7 @@ impl Device {
             check("bytes of rows left out", n_tokens * n_rows, skip.len_bytes())?;
         }
         check("bytes of h", rounded_bytes(call.dtype, n_tokens, n_rows), call.h.len_bytes())?;
-        let (activation, threshold) = activation_code(call.activation);
+        let (activation, threshold) = activation_args(call.activation);
         let args = PrefillGatedArgs {
             gate: call.gate.address(),
             up: call.up.address(),
