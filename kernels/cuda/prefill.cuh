@@ -56,8 +56,6 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool in) 
                  : "memory");
 }
 
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
 // Waits until at most N of the committed groups are still on their way.
 template <int N>
 __device__ __forceinline__ void wait_copies() {

@@ -91,6 +91,7 @@ impl Gemm {
     /// [`CudaError::Shape`], [`CudaError::Unsupported`], [`CudaError::Cublas`].
     pub fn multiply(&mut self, device: &Device, call: &GemmCall<'_>) -> Result<(), CudaError> {
         let (n_tokens, n_in, n_out) = (call.n_tokens, call.n_in(), call.n_out());
+        check("inputs of a product, at least one", n_in.max(1), n_in)?;
         check("product input bytes", rounded_bytes(call.w.dtype(), n_tokens, n_in), call.x.len_bytes())?;
         check("product output bytes", n_tokens * n_out * size_of::<f32>(), call.y.len_bytes())?;
         if n_tokens == 0 || n_out == 0 {
