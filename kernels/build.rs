@@ -2,14 +2,15 @@
 //!
 //! nvcc is `SINF_NVCC`, or `bin/nvcc` of `CUDA_HOME` or `CUDA_PATH`, or the `nvcc` of `PATH`. Without one the library is
 //! built without kernels, which this script says once; `SINF_REQUIRE_CUDA=1` makes that an error. `SINF_CUDA_ARCHS`
-//! (such as `90`) narrows the targets, for quicker builds while a kernel is being written.
+//! (such as `90a`) narrows the targets, for quicker builds while a kernel is being written.
 
 use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Every compute capability since Ampere that has machine code of its own; later ones start from the PTX of the last.
-const ARCHS: &str = "80,86,87,89,90";
+/// Every compute capability since Ampere that has machine code of its own; later ones start from the PTX of the last,
+/// without what is that architecture's alone: Hopper's matrix instructions are in `90a`.
+const ARCHS: &str = "80,86,87,89,90a";
 const SOURCES: &str = "cuda";
 const VARIABLES: [&str; 6] =
     ["SINF_NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "SINF_CUDA_ARCHS", "SINF_REQUIRE_CUDA"];
@@ -59,7 +60,7 @@ fn find_nvcc() -> Option<PathBuf> {
 fn compile(nvcc: &Path, fatbin: &Path) {
     let archs = env::var("SINF_CUDA_ARCHS").unwrap_or_else(|_| ARCHS.into());
     let archs: Vec<&str> = archs.split(',').map(str::trim).filter(|arch| !arch.is_empty()).collect();
-    let last = archs.last().expect("SINF_CUDA_ARCHS names a target");
+    let last = archs.last().expect("SINF_CUDA_ARCHS names a target").trim_end_matches('a');
     let mut command = Command::new(nvcc);
     command.args(["-std=c++17", "-O3", "-lineinfo", "-Werror", "all-warnings", "-fatbin"]);
     for arch in &archs {

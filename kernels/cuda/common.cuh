@@ -45,6 +45,9 @@ __device__ __forceinline__ uint4 load_weights(const void* address) {
     return v;
 }
 
+// Makes a group of the asynchronous copies started since the last one, for waits to count.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
 // Elements in 16 bytes.
 template <typename T>
 constexpr int PER_LOAD = 16 / sizeof(T);

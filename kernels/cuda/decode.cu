@@ -123,8 +123,6 @@ __device__ __forceinline__ void copy_async(uint32_t to_shared, const void* from)
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to_shared), "l"(from) : "memory");
 }
 
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
 // Waits until at most n_slots - 1 of the latest groups are in flight, for the numbers of slots that the host chooses.
 __device__ __forceinline__ void wait_copies(int n_slots) {
     if (n_slots == 5) {

@@ -288,6 +288,11 @@ impl Device {
         self.shared_bytes_max
     }
 
+    /// True if the module for this device has `kernel`; some exist for one architecture alone.
+    pub(super) fn has_kernel(&self, kernel: &str) -> bool {
+        self.kernels.contains_key(kernel)
+    }
+
     /// Launches `kernel` with one argument, a struct; it may start while the kernel before ends.
     ///
     /// # Safety

@@ -24,7 +24,7 @@ const ATTENTION_BLOCKS_PER_SM: usize = 2;
 const HEAD_DIM_MAX: usize = 256;
 
 /// Element type of weights or of a cache on the device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Dtype {
     /// binary32.
     F32,
@@ -92,6 +92,17 @@ impl<'a> DeviceMatrix<'a> {
         }
         check("matrix bytes", n_rows * n_cols * dtype.n_bytes(), data.len_bytes())?;
         Ok(Self { data, dtype, n_rows, n_cols })
+    }
+
+    /// One matrix of all the rows of `matrices`, where they lie one after the other, of one type and width: what reads
+    /// the same input is then one product.
+    pub fn stacked(matrices: &[Self]) -> Option<Self> {
+        let (first, rest) = matrices.split_first()?;
+        rest.iter().try_fold(*first, |stack, next| {
+            let fits = (stack.dtype, stack.n_cols) == (next.dtype, next.n_cols);
+            let data = stack.data.joined(next.data).filter(|_| fits)?;
+            Self::new(data, stack.dtype, stack.n_rows + next.n_rows, stack.n_cols).ok()
+        })
     }
 
     /// Element type.

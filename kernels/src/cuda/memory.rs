@@ -238,6 +238,12 @@ impl<'a> View<'a> {
         Self { address: self.address + offset_bytes as u64, len_bytes, owner: PhantomData }
     }
 
+    /// This and `next` as one, if `next` begins where this ends.
+    pub(super) fn joined(self, next: Self) -> Option<Self> {
+        let is_next = next.address == self.address + self.len_bytes as u64;
+        is_next.then_some(Self { len_bytes: self.len_bytes + next.len_bytes, ..self })
+    }
+
     /// Length.
     pub fn len_bytes(self) -> usize {
         self.len_bytes

@@ -5,20 +5,29 @@
 //! a [`Graph`] is a recorded run of them. Deliberately absent: any knowledge of a model, any choice of what runs on
 //! which device, and the CUDA toolkit.
 
+mod cublas;
 mod decode;
 mod device;
 mod error;
+mod gemm;
 mod launch;
 mod memory;
+mod prefill;
+mod upload;
 
 pub use decode::{DecodeCall, DecodeLayer, DecodeScratch};
 pub use device::{Device, DeviceInfo, Event, Graph, list_devices};
 pub use error::CudaError;
+pub use gemm::{Gemm, GemmCall};
 pub use launch::{
     AttentionCall, AttentionScratch, DeviceLimits, DeviceMatrix, DeviceRows, DownCall, DownScratch, Dtype,
     GateUpCall, MatvecCall, QkvCall,
 };
 pub use memory::{Buffer, HostBuffer, Mapped, View};
+pub use prefill::{
+    FloatRows, PrefillAttentionCall, PrefillGatedCall, PrefillNormCall, PrefillRopeCall, PrefillSkipCall, rounded_bytes,
+};
+pub use upload::{Mirror, Placement, ReadAt, UploadError};
 
 /// The fat binary, if this library was built with nvcc.
 mod image {

@@ -1,5 +1,7 @@
 //! What the tests of all backends share: seeded values, owned weights, the scale of rounding.
 
+#![allow(dead_code, reason = "each test binary uses its part")]
+
 use half::{bf16, f16};
 use kernels::{Elements, Matrix, reference};
 
