@@ -8,6 +8,8 @@
 // Shapes     q (n_tokens, n_heads, head_dim), k and v (n_kv_heads, n_positions_max, head_dim) f16 or f32;
 //            out (PLANES, n_tokens, n_heads, head_dim)
 // Needs      first_position + n_tokens <= n_positions_max
+// Measured   H100, 32 heads of 128, f16: 512 tokens 28 to 35 us, after 3584 others 169 to 189 us;
+//            record 2026-11-25-h100-prompt
 // Order      one block sees all positions of its queries, in order: repeatable bit for bit
 
 #include "prefill.cuh"

@@ -5,6 +5,7 @@
 // Shapes     x (PLANES, n_tokens, n_in) of the type of w; w row-major; y (n_tokens, n_out) f32
 // Grid       (ceil(n_tokens / TOKENS), ceil(n_out / OUTS)): tiles that share weights run side by side
 // Order      each sum in one fixed order, no atomics: repeatable bit for bit
+// Measured   H100, 512 tokens of 7B f16: 158 to 234 TFLOP/s, where prefill_gemm_wide is not; record 2026-11-25-h100-prompt
 
 #include "prefill.cuh"
 

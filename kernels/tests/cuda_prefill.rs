@@ -570,7 +570,8 @@ fn products_of_many_tokens_are_those_of_few() {
                 let n_tokens = values.len() / n_in;
                 twice(&device, Dtype::F32, n_tokens * n_out * 4, |y| {
                     let x = x.view();
-                    gemm.multiply(&device, &GemmCall { w, transposed, n_tokens, x, y, accumulate: false }).unwrap();
+                    gemm.multiply(&device, &GemmCall { w, transposed, n_tokens, x, y, accumulate: false })
+                        .unwrap();
                 })
             };
             let many = multiply(&values);
@@ -586,7 +587,8 @@ fn neighbours_make_stacks() {
     let device = device();
     let buffer = device.alloc(64 * 32 * 2).unwrap();
     let rows = |first: usize, n_rows: usize, dtype: Dtype| {
-        DeviceMatrix::new(buffer.view().slice(first * 64, n_rows * 64), dtype, n_rows, 64 / dtype.n_bytes()).unwrap()
+        DeviceMatrix::new(buffer.view().slice(first * 64, n_rows * 64), dtype, n_rows, 64 / dtype.n_bytes())
+            .unwrap()
     };
     let (first, second, third) = (rows(0, 8, Dtype::F16), rows(8, 3, Dtype::F16), rows(11, 53, Dtype::F16));
     let stack = DeviceMatrix::stacked(&[first, second, third]).unwrap();
