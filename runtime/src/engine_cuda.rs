@@ -65,7 +65,7 @@ enum Image<'m> {
 /// How a token runs.
 #[derive(Debug)]
 enum Way {
-    OneKernel(DecodeScratch),
+    OneKernel(Box<DecodeScratch>),
     Kernels(Box<Vectors>),
 }
 
@@ -172,7 +172,7 @@ impl<'m> ModelState<'m> {
         let (cos, sin) = angles(config, shape.n_positions_max);
         let floats = |n: usize| device.alloc(n * size_of::<f32>());
         let way = match one_kernel(&device, &shape, &weights)? {
-            Some(scratch) => Way::OneKernel(scratch),
+            Some(scratch) => Way::OneKernel(Box::new(scratch)),
             None => Way::Kernels(Box::new(Vectors {
                 x: floats(d)?,
                 q: floats(shape.n_heads * shape.head_dim)?,

@@ -25,7 +25,8 @@ pub use launch::{
 };
 pub use memory::{Buffer, HostBuffer, Mapped, View};
 pub use prefill::{
-    FloatRows, PrefillAttentionCall, PrefillGatedCall, PrefillNormCall, PrefillRopeCall, PrefillSkipCall, rounded_bytes,
+    FloatRows, PrefillAttentionCall, PrefillGatedCall, PrefillNormCall, PrefillRopeCall, PrefillSkipCall,
+    rounded_bytes,
 };
 pub use upload::{Mirror, Placement, ReadAt, UploadError};
 
