@@ -17,7 +17,8 @@
 // Bytes      weights, sign words and cached positions that the token needs, each once
 // Order      the work of each block, warp and lane is fixed by the shapes, the position and h; queues move work between
 //            warps, never a sum: repeatable bit for bit
-// Measured   see records/
+// Measured   H100 80GB, sm_90, f16, context 512, 7B shape: dense 5.35 ms a token, 2521 GB/s, 82 % of the read
+//            bandwidth; predicted (20 % of rows kept, 10 % active) 3.06 ms, 2027 GB/s, 66 %; records/
 // Tried      programmatic dependent launch of the five kernels: early blocks of the next kernel pack two to an SM and
 //            leave others empty (7B dense: 6.5 ms a token against 5.8 without). Asking L2 for rows ahead
 //            (cp.async.bulk.prefetch.L2): 2 to 40 % slower than plain loads
