@@ -336,7 +336,7 @@ impl Device {
             check(what, n_rows, w.n_rows())?;
             check(what, n_cols, w.n_cols())?;
             let address = w.data().address();
-            if address % 16 != 0 {
+            if !address.is_multiple_of(16) {
                 return Err(CudaError::Unsupported {
                     what: "bytes past alignment",
                     found: (address % 16) as usize,
