@@ -9,6 +9,8 @@
 //! kept). Times are of the device, medians of `REPEATS` graph launches; bytes are the weights, sign words and cached
 //! positions that the token needs, each once.
 
+#![allow(clippy::print_stdout, reason = "a benchmark prints its figures")]
+
 use std::time::Instant;
 
 use half::f16;
