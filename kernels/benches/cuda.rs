@@ -10,8 +10,6 @@
 //! positions that the token needs, each once.
 #![expect(clippy::print_stdout, reason = "the table is the program's result")]
 
-#![allow(clippy::print_stdout, reason = "a benchmark prints its figures")]
-
 use std::time::Instant;
 
 use half::f16;
