@@ -24,7 +24,7 @@ use crate::model::{LayerWeights, Model, Weights};
 use crate::session::{MlpBatch, MlpObserver, SessionOptions, Usage};
 
 /// Bytes that a bandwidth measurement reads: far more than a processor caches.
-const BANDWIDTH_BYTES: usize = 1 << 30;
+const BANDWIDTH_BYTES: usize = 512 << 20;
 /// Passes over them; the best counts.
 const BANDWIDTH_PASSES: usize = 3;
 
