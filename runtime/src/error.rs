@@ -59,11 +59,14 @@ pub enum RuntimeError {
     /// The CUDA device cannot do it.
     #[error(transparent)]
     Cuda(#[from] kernels::cuda::CudaError),
-    /// What the CUDA engine leaves to the CPU.
-    #[error("{what} is not available on CUDA devices")]
-    NotOnCuda {
-        /// What was asked for.
-        what: &'static str,
+    /// The weights do not get to the device.
+    #[error("{path}: cannot copy the weights to the device")]
+    Upload {
+        /// The file.
+        path: String,
+        /// Why.
+        #[source]
+        source: kernels::cuda::UploadError,
     },
     /// Lengths that do not fit each other: a bug of this program, as the reader checks every shape.
     #[error("internal: {0}")]
@@ -86,7 +89,6 @@ impl RuntimeError {
             }
             Self::ContextFull { .. } => Some("raise -c/--ctx-size or shorten the prompt"),
             Self::Cuda(error) => error.hint(),
-            Self::NotOnCuda { .. } => Some("use --device cpu"),
             Self::ContextTooLong { .. } => Some("lower -c/--ctx-size; longer contexts give strange text"),
             _ => None,
         }

@@ -23,6 +23,9 @@ use crate::kv_cache::KvCache;
 use crate::model::{LayerWeights, Model, Weights};
 use crate::session::{MlpBatch, MlpObserver, SessionOptions, Usage};
 
+/// Tokens of a prompt's batch: enough for weights to be read rarely, few enough for caches to hold what passes between
+/// products.
+const N_BATCH: usize = 256;
 /// Bytes that a bandwidth measurement reads: far more than a processor caches.
 const BANDWIDTH_BYTES: usize = 512 << 20;
 /// Passes over them; the best counts.
@@ -230,6 +233,10 @@ impl Engine for CpuEngine<'_> {
         let n_threads = self.cpu.n_threads();
         let plural = if n_threads == 1 { "" } else { "s" };
         format!("cpu ({}, {n_threads} thread{plural})", self.cpu.isa())
+    }
+
+    fn n_batch(&self) -> usize {
+        self.buffers.n_batch_max.min(N_BATCH)
     }
 
     fn set_rows(&mut self, rows: Vec<RowChoice>) {

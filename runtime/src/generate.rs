@@ -8,8 +8,8 @@ use serde::Serialize;
 use crate::sampler::{Candidate, SampleError, Sampler, SamplerOptions, largest};
 use crate::{RuntimeError, Session, TextStream, Tokenizer};
 
-/// Tokens of one batch of a prompt, for sessions that generate: large enough for the weights to be read rarely.
-pub const N_BATCH: usize = 256;
+/// Most tokens of one batch of a prompt, for sessions that generate; [`Session::n_batch`] says how many are best.
+pub const N_BATCH_MAX: usize = 512;
 
 /// What to generate.
 #[derive(Clone, Debug)]
@@ -171,7 +171,7 @@ pub fn generate(
     };
 
     let started = Instant::now();
-    for batch in prompt.chunks(N_BATCH) {
+    for batch in prompt.chunks(session.n_batch()) {
         if is_interrupted() {
             generated.stop_reason = StopReason::Interrupt;
             return Ok(generated);

@@ -18,7 +18,7 @@ use runtime::bench::{BenchOptions, bench};
 use runtime::chat::ChatFormat;
 use runtime::device::{self, DeviceError};
 use runtime::generate::{
-    GenerateError, GenerateOptions, Generated, N_BATCH, StopReason, check_prompt, generate,
+    GenerateError, GenerateOptions, Generated, N_BATCH_MAX, StopReason, check_prompt, generate,
 };
 use runtime::perplexity::{Perplexity, PerplexityError, PerplexityOptions, join_documents, perplexity};
 use runtime::sampler::Candidate;
@@ -95,7 +95,7 @@ fn session<'m>(
     let n_positions_max = cli.ctx_size.unwrap_or(n_positions);
     let options = SessionOptions {
         n_positions_max,
-        n_batch_max: N_BATCH.min(n_positions_max),
+        n_batch_max: N_BATCH_MAX.min(n_positions_max),
         n_threads: cli.threads,
         mode,
         alpha_scale: cli.alpha_scale,
@@ -268,7 +268,7 @@ fn run_perplexity(
     let options = PerplexityOptions {
         window: session.n_positions_max(),
         n_windows,
-        n_batch: N_BATCH.min(session.n_positions_max()),
+        n_batch: session.n_batch(),
         alpha_scale: cli.alpha_scale,
     };
     let ids = tokenizer.encode_plain(&text)?;

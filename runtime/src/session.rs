@@ -177,6 +177,11 @@ impl<'m> Session<'m> {
         self.n_positions_max
     }
 
+    /// Tokens of a batch that the backend is fastest with; at most `n_batch_max`.
+    pub fn n_batch(&self) -> usize {
+        self.engine.n_batch()
+    }
+
     /// What runs the model, for people: `cpu (avx512, 2 threads)`.
     pub fn backend(&self) -> String {
         self.engine.describe()
@@ -211,8 +216,9 @@ impl<'m> Session<'m> {
     /// [`RuntimeError::ContextFull`] and [`RuntimeError::TokenId`], before anything is computed.
     pub fn prefill(&mut self, tokens: &[u32]) -> Result<&[f32], RuntimeError> {
         self.check(tokens)?;
-        let n_batches = tokens.len().div_ceil(self.n_batch_max);
-        for (idx, tokens) in tokens.chunks(self.n_batch_max).enumerate() {
+        let n_batch = self.engine.n_batch();
+        let n_batches = tokens.len().div_ceil(n_batch);
+        for (idx, tokens) in tokens.chunks(n_batch).enumerate() {
             let logits = if idx + 1 == n_batches { BatchLogits::Last } else { BatchLogits::None };
             self.append(tokens, false, logits, None)?;
         }

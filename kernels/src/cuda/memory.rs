@@ -8,14 +8,8 @@ use cudarc::driver::{DriverError, result, sys};
 
 use super::device::Context;
 use super::error::Context as _;
-use super::{CudaError, Device, Event};
+use super::{CudaError, Device};
 use crate::shape::check;
-
-/// Bytes of one staging buffer, and how many of them are in turn.
-const STAGE_BYTES: usize = 32 << 20;
-const N_STAGES: usize = 3;
-/// Threads that fill a staging buffer: one alone copies slower than the bus.
-const STAGE_THREADS: usize = 8;
 
 /// Bytes of device memory. Kernels write through shared references, as no reference of Rust reaches the bytes.
 #[derive(Debug)]
@@ -82,37 +76,6 @@ impl Device {
     pub fn upload<T: bytemuck::NoUninit>(&self, values: &[T]) -> Result<Buffer, CudaError> {
         let buffer = self.alloc(size_of_val(values))?;
         self.write(buffer.view(), values)?;
-        Ok(buffer)
-    }
-
-    /// Device memory with `bytes`, many of them: they go through page-locked buffers, filled by several threads while the
-    /// bus empties the ones before.
-    ///
-    /// # Errors
-    /// As [`Device::alloc`].
-    pub fn upload_staged(&self, bytes: &[u8]) -> Result<Buffer, CudaError> {
-        let buffer = self.alloc(bytes.len())?;
-        let stage_bytes = STAGE_BYTES.min(bytes.len()).max(1);
-        let stage = || Ok((self.alloc_host(stage_bytes)?, None::<Event>));
-        let mut stages = (0..N_STAGES).map(|_| stage()).collect::<Result<Vec<_>, CudaError>>()?;
-        for (i, chunk) in bytes.chunks(stage_bytes).enumerate() {
-            let (stage, sent) = &mut stages[i % N_STAGES];
-            if let Some(sent) = sent.take() {
-                sent.wait()?;
-            }
-            let share = chunk.len().div_ceil(STAGE_THREADS);
-            std::thread::scope(|scope| {
-                for (to, from) in stage.bytes_mut()[..chunk.len()].chunks_mut(share).zip(chunk.chunks(share))
-                {
-                    scope.spawn(|| to.copy_from_slice(from));
-                }
-            });
-            // SAFETY: the stage is written again once its event has passed; on an error it is freed, for which the
-            // driver waits for the copies that use it.
-            unsafe { self.write_later(buffer.view().slice(i * stage_bytes, chunk.len()), stage) }?;
-            *sent = Some(self.record()?);
-        }
-        self.synchronize()?;
         Ok(buffer)
     }
 
