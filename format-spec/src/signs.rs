@@ -68,3 +68,35 @@ fn wrong_row<const N: usize>(
     })?;
     Some(wrong as u64)
 }
+
+#[cfg(test)]
+mod tests {
+    use half::{bf16, f16};
+
+    use super::*;
+
+    #[test]
+    fn every_half_has_the_sign_of_its_value() {
+        for bits in 0..=u16::MAX {
+            let bytes = bits.to_le_bytes();
+            assert_eq!(
+                half_is_negative(bytes, 0xFC00),
+                f16::from_bits(bits).to_f32() < 0.0,
+                "f16 {bits:#06x}"
+            );
+            assert_eq!(
+                half_is_negative(bytes, 0xFF80),
+                bf16::from_bits(bits).to_f32() < 0.0,
+                "bf16 {bits:#06x}"
+            );
+        }
+    }
+
+    #[test]
+    fn tails_are_what_columns_leave_of_the_last_word() {
+        let expected = [(1, 1, !1), (31, 1, 1 << 31), (32, 1, 0), (33, 2, !1), (4096, 128, 0), (36, 2, !0xF)];
+        for (n_cols, n, mask) in expected {
+            assert_eq!((n_words(n_cols), tail_mask(n_cols)), (n, mask), "{n_cols} columns");
+        }
+    }
+}

@@ -70,7 +70,7 @@ impl Table {
         let mut table = Self { sections: Vec::new(), extents: Vec::new(), keys: Vec::new() };
         let mut previous_offset = None;
         let mut end = HEADER_LEN as u64;
-        for (index, row) in (0..).zip(rows) {
+        for (row, index) in rows.iter().zip(0..) {
             let row = Row { header, index, bytes: row };
             let extent = row.extent(previous_offset, end)?;
             (previous_offset, end) = (Some(extent.offset_bytes), extent.end());

@@ -1,6 +1,6 @@
 //! Decode operations against memory: every pass reads weights that no cache holds.
 //!
-//! `cargo bench -p kernels --bench decode [-- THREADS]`. Records lie in `benches/records`.
+//! `cargo bench -p kernels --bench decode [-- THREADS]`. Records lie in `records`.
 #![allow(missing_docs, clippy::print_stdout, reason = "a benchmark's output is its purpose")]
 
 use half::f16;

@@ -1,10 +1,11 @@
 //! Maths of a Llama layer with a row-sparse MLP, on slices and shapes.
 //!
-//! [`mod@reference`] is the scalar truth; [`cpu`] is the backend that runs. Nothing here knows a file, a flag or a model.
+//! [`reference`] is the scalar truth; [`cpu`] and [`cuda`] are the backends that run. Nothing here knows a file, a flag or a model.
 //! Deliberately absent: I/O, allocation inside a decode step, and any choice of model.
 
 pub mod bytes;
 pub mod cpu;
+pub mod cuda;
 pub mod reference;
 pub mod shape;
 

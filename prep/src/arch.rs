@@ -10,7 +10,7 @@ use format_spec::{Activation, ModelConfig, Rope, RopeScaling, SectionKind};
 use serde_json::{Map, Value};
 
 use crate::PrepError;
-use crate::checkpoint::read_small;
+use crate::checkpoint::{exists, read_small};
 
 /// Name of the configuration in the model folder.
 pub const CONFIG_FILE: &str = "config.json";
@@ -59,6 +59,13 @@ pub struct TensorName {
 /// Any model that is not a Llama with a known activation and plain RoPE, naming the field.
 pub fn read_config(folder: &Path) -> Result<ModelConfig, PrepError> {
     let path = folder.join(CONFIG_FILE);
+    if folder.is_dir() && !exists(&path)? {
+        return Err(PrepError::FileMissing {
+            folder: folder.to_owned(),
+            expected: CONFIG_FILE,
+            found: "no such file".to_owned(),
+        });
+    }
     let map = read_object(&path, MAX_CONFIG_BYTES)?;
     parse(&Fields::top(&path, &map))
 }

@@ -257,7 +257,7 @@ pub(crate) struct Calibration {
 /// Chooses each layer's predictor and limit by `text`.
 ///
 /// # Errors
-/// An empty text, a failed pass, [`PrepError::Interrupted`].
+/// An empty text, a failed pass, [`PrepError::NotFinite`], [`PrepError::Interrupted`].
 pub(crate) fn run(
     model: &Model,
     tokenizer: &format_spec::Tokenizer,
@@ -386,4 +386,63 @@ fn thin(kind: Kind, curve: &[LimitEffect], chosen: u32, n_points: usize) -> Cali
             }
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stored_curves_hold_the_chosen_limit_among_distinct_ones() {
+        let effect = |limit: u32| LimitEffect {
+            limit: 40_000 + 3 * limit,
+            rows_kept: f64::from(limit + 1) / 400.0,
+            ..LimitEffect::KEEP_ALL
+        };
+        let curve: Vec<LimitEffect> = (0..400).map(effect).collect();
+        for kind in [Kind::Sign, Kind::W2] {
+            for (chosen, n_points) in [(200, 65), (0, 65), (399, 65), (137, 2), (340, 1), (5, 400)] {
+                let points = thin(kind, &curve, curve[chosen].limit, n_points);
+                assert_eq!(points.len(), n_points);
+                // Limits ascend, thresholds descend.
+                let in_order = |a: &CurvePoint, b: &CurvePoint| (a.limit < b.limit) == (kind == Kind::Sign);
+                assert!(points.is_sorted_by(in_order), "{kind:?}: {chosen} of {n_points}");
+                let limit = LayerSetting { kind, effect: curve[chosen] }.limit();
+                assert!(points.iter().any(|point| point.limit == limit), "{kind:?}: {chosen} of {n_points}");
+            }
+        }
+    }
+
+    #[test]
+    fn windows_share_a_text_and_short_ones_serve_several_uses() {
+        let tokens: Vec<u32> = (0..1000).collect();
+        let windows = Windows::cut(&tokens, Some(7), 51);
+        assert_eq!((windows.fit.len(), windows.check.len(), windows.last.len()), (8, 8, 4));
+        assert!(windows.all().iter().all(|window| window.len() == 51 && window[0] == 7));
+        assert_eq!(windows.all().len(), 20);
+        for n_tokens in [1, 2, 4, 11] {
+            let windows = Windows::cut(&tokens[..n_tokens], Some(7), 51);
+            for part in [&windows.fit, &windows.check, &windows.last] {
+                assert!(!part.is_empty() && part.iter().all(|window| window.len() > 1), "{n_tokens}");
+            }
+        }
+    }
+
+    #[test]
+    fn no_more_of_a_text_is_tokenised_than_is_needed() {
+        let text = Text::load(None).expect("built in");
+        assert!(!text.text.contains(DOCUMENT_MARK) && text.text.len() > 100_000);
+        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/models/relu-llama-8m");
+        let config = crate::arch::read_config(&model).expect("a Llama");
+        let spec = crate::tokenizer::read_tokenizer(&model, &config).expect("accepted").tokenizer;
+        let tokenizer = runtime::Tokenizer::new(&spec, Some(1), None).expect("accepted");
+        let all = tokenizer.encode_plain(&text.text).expect("encoded");
+        for n_tokens in [1, 10, 2048] {
+            let tokens = text.first_tokens(&tokenizer, n_tokens).expect("tokens");
+            assert_eq!(tokens.len(), n_tokens);
+            // The piece that the cut goes through may differ.
+            assert_eq!(tokens[..n_tokens - 1], all[..n_tokens - 1]);
+        }
+        assert_eq!(text.first_tokens(&tokenizer, usize::MAX).expect("tokens"), all);
+    }
 }

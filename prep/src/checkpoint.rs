@@ -31,8 +31,8 @@ const HEADER_LEN_BYTES: u64 = 8;
 const PICKLES: [&str; 5] = ["bin", "pt", "pth", "ckpt", "pkl"];
 /// A buffer that old checkpoints stored; it follows from the configuration.
 const IGNORED_SUFFIX: &str = ".rotary_emb.inv_freq";
-/// Bytes hashed at once.
-const HASH_BLOCK_BYTES: usize = 2 << 20;
+/// Bytes hashed at once: they stay in the second-level cache between reading and hashing.
+const HASH_BLOCK_BYTES: usize = 256 << 10;
 
 /// One safetensors file.
 #[derive(Debug)]

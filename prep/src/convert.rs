@@ -26,7 +26,7 @@ use crate::calibrate::{self, Calibration, CalibrationOptions, Target, Text};
 use crate::checkpoint::{Checkpoint, hash_file};
 use crate::inspect::PredictorRow;
 use crate::predict::Kind;
-use crate::stream::write_weights;
+use crate::stream::{BlockSizes, WeightStream};
 use crate::tokenizer::{FolderTokenizer, read_tokenizer};
 use crate::{PrepError, Progress};
 
@@ -152,8 +152,15 @@ pub fn convert(
     let mut writer = Writer::create(out, &config, ALIGNMENT_BYTES, options.force)?;
     let weights_started = Instant::now();
     let with_signs = !matches!(predictor, Plan::Exact);
-    let mut source_files =
-        write_weights(&checkpoint, &tensors, dtype, with_signs, n_threads, &mut writer, progress)?;
+    let stream = WeightStream {
+        checkpoint: &checkpoint,
+        tensors: &tensors,
+        dtype,
+        with_signs,
+        n_threads,
+        block_sizes: BlockSizes::DEFAULT,
+    };
+    let mut source_files = stream.write(&mut writer, progress)?;
     let weights_seconds = weights_started.elapsed().as_secs_f64();
     let n_source_bytes: u64 = source_files.iter().map(|file| file.len_bytes).sum();
     source_files.extend(small_files(folder, &checkpoint, &tokenizer_files)?);
@@ -273,7 +280,7 @@ fn auto_dtype(checkpoint: &Checkpoint, tensors: &[TensorName]) -> Result<DType, 
 }
 
 /// A layer without prediction.
-fn off(config: &ModelConfig) -> PredictorRecord {
+pub(crate) fn off(config: &ModelConfig) -> PredictorRecord {
     PredictorRecord {
         kind: PredictorKind::Off,
         limit: config.hidden_size,
@@ -359,4 +366,118 @@ fn small_files(
 fn folder_name(folder: &Path) -> Result<String, PrepError> {
     let resolved = folder.canonicalize().map_err(crate::checkpoint::io_error("open", folder))?;
     Ok(resolved.file_name().unwrap_or(resolved.as_os_str()).to_string_lossy().into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bundled() -> std::path::PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/models/relu-llama-8m")
+    }
+
+    fn options(predictor: Option<Predictor>) -> ConvertOptions {
+        ConvertOptions { dtype: None, predictor, n_threads: 2, force: false }
+    }
+
+    #[test]
+    fn calibration_keeps_what_it_promises() {
+        let folder = tempfile::tempdir().expect("a scratch folder");
+        let text = folder.path().join("text.txt");
+        std::fs::write(&text, "It was the best of times, it was the worst of times.\n".repeat(40))
+            .expect("written");
+        let calibration = CalibrationOptions { text: Some(text), n_tokens: 700, target_missed_energy: 0.02 };
+        let options = options(Some(Predictor::Calibrated(calibration)));
+        let out = folder.path().join("out.sinf");
+        let report = convert(&bundled(), &out, &options, &Progress::silent()).expect("converted");
+        // The text has fewer tokens than may be used.
+        let n_tokens = report.calibration_tokens;
+        assert!((400..700).contains(&n_tokens), "{n_tokens}");
+
+        let model = Model::open(&out).expect("valid");
+        let curves = model.layout().calibration_curves(model.bytes()).expect("valid").expect("there");
+        assert_eq!((model.layout().predictors().len(), curves.len()), (8, 8));
+        for (record, curve) in model.layout().predictors().iter().zip(&curves) {
+            assert_eq!((record.kind, u64::from(record.n_tokens)), (PredictorKind::Sign, n_tokens));
+            assert!(record.missed_energy <= 0.02 && record.rows_active < record.rows_kept, "{record:?}");
+            assert_eq!(limit_from_alpha(f64::from(record.alpha), 256), record.limit);
+            let at =
+                curve.iter().position(|point| point.limit == record.limit).expect("the chosen point is kept");
+            assert_eq!(curve[at].missed_energy, record.missed_energy);
+            // The next smaller limit misses too much.
+            assert!(curve[at - 1].missed_energy > 0.02, "{curve:?}");
+            assert!(curve.is_sorted_by(|a, b| a.limit < b.limit && a.rows_kept <= b.rows_kept));
+        }
+        let provenance = model.layout().provenance(model.bytes()).expect("valid").expect("there");
+        let names: Vec<_> = provenance.source_files.iter().map(|file| file.name.as_str()).collect();
+        let expected = ["config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.json"];
+        assert_eq!(names[..4], expected);
+        assert_eq!(provenance.calibration.expect("there").name, "text.txt");
+        assert_eq!(provenance.options[0], ("calibration-tokens".to_owned(), "700".to_owned()));
+    }
+
+    /// A target of 0 keeps nearly all rows of so narrow a model.
+    #[test]
+    fn layers_that_would_read_more_are_not_predicted() {
+        let folder = tempfile::tempdir().expect("a scratch folder");
+        let calibration =
+            CalibrationOptions { target_missed_energy: 0.0, ..CalibrationOptions::DEFAULT.clone() };
+        let options = options(Some(Predictor::Calibrated(calibration)));
+        let out = folder.path().join("out.sinf");
+        let report = convert(&bundled(), &out, &options, &Progress::silent()).expect("converted");
+        let off = report.predictors.iter().filter(|row| row.kind == "exact").count();
+        assert!(off > 0, "{:?}", report.predictors);
+        for row in &report.predictors {
+            assert_eq!(row.missed_energy, Some(0.0));
+            // Sign words take a sixteenth of f16 rows.
+            assert_eq!(row.kind == "exact", row.rows_kept == Some(1.0), "{row:?}");
+            assert!(row.kind == "exact" || row.rows_kept < Some(1.0 - 1.0 / 16.0), "{row:?}");
+        }
+    }
+
+    #[test]
+    fn exact_files_have_no_sign_words() {
+        let folder = tempfile::tempdir().expect("a scratch folder");
+        let out = folder.path().join("out.sinf");
+        convert(&bundled(), &out, &options(Some(Predictor::Exact)), &Progress::silent()).expect("converted");
+        let model = Model::open(&out).expect("valid");
+        assert!(model.layout().predictors().iter().all(|record| record.kind == PredictorKind::Off));
+        assert!(model.layout().find(format_spec::SectionKind::GateSigns, Some(0)).is_none());
+    }
+
+    #[test]
+    fn an_interrupt_leaves_nothing_behind() {
+        let folder = tempfile::tempdir().expect("a scratch folder");
+        let progress = Progress::silent();
+        progress.interrupt();
+        let result = convert(&bundled(), &folder.path().join("out.sinf"), &options(None), &progress);
+        assert!(matches!(result, Err(PrepError::Interrupted)), "{result:?}");
+        assert_eq!(std::fs::read_dir(folder.path()).expect("readable").count(), 0);
+    }
+
+    #[test]
+    fn texts_that_calibrate_nothing_are_refused() {
+        let folder = tempfile::tempdir().expect("a scratch folder");
+        let (text, out) = (folder.path().join("text"), folder.path().join("out.sinf"));
+        for (content, words) in [(&b""[..], "text, found none"), (b"\xff\xfe", "UTF-8"), (b"\n<|doc|>\n", "")]
+        {
+            std::fs::write(&text, content).expect("written");
+            let calibration =
+                CalibrationOptions { text: Some(text.clone()), ..CalibrationOptions::DEFAULT.clone() };
+            let result = convert(
+                &bundled(),
+                &out,
+                &options(Some(Predictor::Calibrated(calibration))),
+                &Progress::silent(),
+            );
+            match result {
+                Err(error @ PrepError::CalibrationText { .. }) => {
+                    assert!(error.to_string().contains(words) && !words.is_empty(), "{error}");
+                }
+                // Line ends alone are a text of a few tokens.
+                Ok(report) => assert!(words.is_empty() && report.calibration_tokens > 0, "{report:?}"),
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
 }

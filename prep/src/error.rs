@@ -189,6 +189,12 @@ pub enum PrepError {
         /// What it is.
         found: String,
     },
+    /// The forward pass leaves the range of numbers.
+    #[error("layer {layer}: expected finite activations over the calibration text, found infinity or NaN")]
+    NotFinite {
+        /// Decoder layer.
+        layer: u32,
+    },
     /// The output cannot be written.
     #[error(transparent)]
     Format(#[from] FormatError),
@@ -223,6 +229,9 @@ impl PrepError {
             ),
             Self::Element { bad, .. } if bad.is_overflow() => Some("--dtype bf16 or --dtype f32 can hold it"),
             Self::Element { .. } => Some("the checkpoint is damaged; fetch it again"),
+            Self::NotFinite { .. } => {
+                Some("the weights are damaged or not those of config.json; --alpha needs no forward pass")
+            }
             Self::NotSparse { .. } => Some("--predictor exact computes every gate row"),
             Self::NoSigns { .. } => Some("convert the model again, with any predictor but exact"),
             Self::Runtime(error) => error.hint(),

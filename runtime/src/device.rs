@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use kernels::Cpu;
+use kernels::{Cpu, cuda};
 
 /// A device as users name it: `auto`, `cpu`, `cuda`, `cuda:1`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -40,14 +40,14 @@ impl DeviceError {
 }
 
 impl Device {
-    /// The device that will run: `auto` decided, the others checked to be there.
+    /// That the backend is part of this program; whether the device answers shows when a session opens it.
     ///
     /// # Errors
     /// [`DeviceError::NotBuiltIn`].
-    pub fn resolve(self) -> Result<Self, DeviceError> {
+    pub fn check(self) -> Result<(), DeviceError> {
         match self {
-            Self::Auto | Self::Cpu => Ok(Self::Cpu),
-            Self::Cuda(_) => Err(DeviceError::NotBuiltIn(self)),
+            Self::Cuda(_) if !cuda::is_built_in() => Err(DeviceError::NotBuiltIn(self)),
+            Self::Auto | Self::Cpu | Self::Cuda(_) => Ok(()),
         }
     }
 }
@@ -85,7 +85,7 @@ impl fmt::Display for Device {
 
 /// One line for each device, and one for each backend that has none.
 pub fn list() -> Vec<String> {
-    vec![cpu_line(), cuda_line()]
+    std::iter::once(cpu_line()).chain(cuda_lines()).collect()
 }
 
 fn cpu_line() -> String {
@@ -97,8 +97,27 @@ fn cpu_line() -> String {
     format!("cpu     {}, {} threads{memory}", cpu.isa(), cpu.n_threads())
 }
 
-fn cuda_line() -> String {
-    "cuda    not available: this program was built without CUDA".to_owned()
+fn cuda_lines() -> Vec<String> {
+    if !cuda::is_built_in() {
+        return vec!["cuda    not available: this program was built without CUDA".to_owned()];
+    }
+    match cuda::list_devices() {
+        Ok(devices) => devices.iter().map(cuda_device_line).collect(),
+        Err(error) => vec![format!("cuda    not available: {error}")],
+    }
+}
+
+fn cuda_device_line(device: &cuda::DeviceInfo) -> String {
+    let gib = |n_bytes: usize| n_bytes as f64 / (1u64 << 30) as f64;
+    format!(
+        "cuda:{}  {}, compute capability {}.{}, {:.1} of {:.1} GiB memory free",
+        device.ordinal,
+        device.name,
+        device.capability.0,
+        device.capability.1,
+        gib(device.free_bytes),
+        gib(device.total_bytes)
+    )
 }
 
 /// Available and total memory in GiB, where the system says so.
@@ -135,9 +154,11 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_backend_is_an_error() {
-        assert_eq!(Device::Auto.resolve(), Ok(Device::Cpu));
-        assert_eq!(Device::Cuda(1).resolve(), Err(DeviceError::NotBuiltIn(Device::Cuda(1))));
+    fn a_backend_that_is_not_built_in_is_an_error() {
+        assert_eq!(Device::Auto.check(), Ok(()));
+        assert_eq!(Device::Cpu.check(), Ok(()));
+        let missing = Err(DeviceError::NotBuiltIn(Device::Cuda(1)));
+        assert_eq!(Device::Cuda(1).check(), if cuda::is_built_in() { Ok(()) } else { missing });
     }
 
     #[test]

@@ -49,6 +49,14 @@ pub(crate) trait Engine: std::fmt::Debug {
     /// For people: `cpu (avx512, 2 threads)`.
     fn describe(&self) -> String;
 
+    /// Tokens of a batch that prompts go through best in; at most the session's `n_batch_max`.
+    fn n_batch(&self) -> usize;
+
+    /// False if scores cannot be computed here: the session then asks for exact rows in their place.
+    fn has_scores(&self) -> bool {
+        true
+    }
+
     /// Rows that decoding and masked batches read from now on, one choice per layer.
     fn set_rows(&mut self, rows: Vec<RowChoice>);
 

@@ -62,6 +62,18 @@ pub enum RuntimeError {
         /// The file.
         path: String,
     },
+    /// The CUDA device cannot do it.
+    #[error(transparent)]
+    Cuda(#[from] kernels::cuda::CudaError),
+    /// The weights do not get to the device.
+    #[error("{path}: cannot copy the weights to the device")]
+    Upload {
+        /// The file.
+        path: String,
+        /// Why.
+        #[source]
+        source: kernels::cuda::UploadError,
+    },
     /// Lengths that do not fit each other: a bug of this program, as the reader checks every shape.
     #[error("internal: {0}")]
     Shape(#[from] kernels::ShapeError),
@@ -83,6 +95,7 @@ impl RuntimeError {
             }
             Self::NoBudget { .. } => Some("convert the model again without --alpha and --predictor exact"),
             Self::ContextFull { .. } => Some("raise -c/--ctx-size or shorten the prompt"),
+            Self::Cuda(error) => error.hint(),
             Self::ContextTooLong { .. } => Some("lower -c/--ctx-size; longer contexts give strange text"),
             _ => None,
         }

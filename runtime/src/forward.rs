@@ -24,8 +24,11 @@ use crate::kv_cache::KvCache;
 use crate::model::{LayerWeights, Model, Weights};
 use crate::session::{MlpBatch, MlpObserver, SessionOptions, Usage};
 
+/// Tokens of a prompt's batch: enough for weights to be read rarely, few enough for caches to hold what passes between
+/// products.
+const N_BATCH: usize = 256;
 /// Bytes that a bandwidth measurement reads: far more than a processor caches.
-const BANDWIDTH_BYTES: usize = 1 << 30;
+const BANDWIDTH_BYTES: usize = 512 << 20;
 /// Passes over them; the best counts.
 const BANDWIDTH_PASSES: usize = 3;
 
@@ -69,7 +72,7 @@ struct Buffers {
 
 /// `cos` and `sin` of the rotations of a position.
 #[derive(Debug)]
-struct RopeAngles {
+pub(crate) struct RopeAngles {
     /// Radians per position, `(head_dim / 2,)`.
     frequencies: Vec<f64>,
 }
@@ -170,10 +173,10 @@ impl<'m> CpuEngine<'m> {
         for (h, &gate) in b.h.iter_mut().zip(&*b.gate) {
             *h *= self.activation.apply(gate);
         }
-        let signs = w.planes.as_ref().map(|planes| &planes.signs);
+        let signs = w.signs();
         let wants_n_neg = signs.is_some() && observer.as_ref().is_some_and(|observer| observer.wants_n_neg());
         if let Some(signs) = signs.filter(|_| wants_n_neg) {
-            self.cpu.n_neg(signs, n_tokens, b.normed, b.n_neg)?;
+            self.cpu.n_neg(&signs, n_tokens, b.normed, b.n_neg)?;
         }
         let has_own_mask = match &mut observer {
             Some(observer) => observer.mask(layer, n_tokens, b.normed, b.skip),
@@ -229,6 +232,10 @@ impl Engine for CpuEngine<'_> {
         let n_threads = self.cpu.n_threads();
         let plural = if n_threads == 1 { "" } else { "s" };
         format!("cpu ({}, {n_threads} thread{plural})", self.cpu.isa())
+    }
+
+    fn n_batch(&self) -> usize {
+        self.buffers.n_batch_max.min(N_BATCH)
     }
 
     fn set_rows(&mut self, rows: Vec<RowChoice>) {
@@ -373,7 +380,7 @@ impl Buffers {
 }
 
 impl RopeAngles {
-    fn new(config: &ModelConfig) -> Self {
+    pub(crate) fn new(config: &ModelConfig) -> Self {
         let stretch = match config.rope.scaling {
             RopeScaling::None => 1.0,
             RopeScaling::Linear { factor } => factor,
@@ -384,7 +391,7 @@ impl RopeAngles {
     }
 
     /// `cos` and `sin` `(head_dim / 2,)` of `position`.
-    fn fill(&self, position: usize, cos: &mut [f32], sin: &mut [f32]) {
+    pub(crate) fn fill(&self, position: usize, cos: &mut [f32], sin: &mut [f32]) {
         for ((frequency, cos), sin) in self.frequencies.iter().zip(cos).zip(sin) {
             let angle = position as f64 * frequency;
             (*cos, *sin) = (angle.cos() as f32, angle.sin() as f32);

@@ -8,8 +8,8 @@ use serde::Serialize;
 use crate::sampler::{Candidate, SampleError, Sampler, SamplerOptions, largest};
 use crate::{RuntimeError, Session, TextStream, Tokenizer};
 
-/// Tokens of one batch of a prompt, for sessions that generate: large enough for the weights to be read rarely.
-pub const N_BATCH: usize = 256;
+/// Most tokens of one batch of a prompt, for sessions that generate; [`Session::n_batch`] says how many are best.
+pub const N_BATCH_MAX: usize = 512;
 
 /// What to generate.
 #[derive(Clone, Debug)]
@@ -109,11 +109,26 @@ impl GenerateError {
     }
 }
 
+/// That `prompt` has a token and fits the context of `session`: what can be said before anything is shown.
+///
+/// # Errors
+/// [`GenerateError::EmptyPrompt`], [`RuntimeError::ContextFull`].
+pub fn check_prompt(session: &Session<'_>, prompt: &[u32]) -> Result<(), GenerateError> {
+    let n_positions_max = session.n_positions_max();
+    match prompt.len() {
+        0 => Err(GenerateError::EmptyPrompt),
+        wanted if wanted > n_positions_max => {
+            Err(RuntimeError::ContextFull { wanted, n_positions_max }.into())
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Continues `prompt` in the empty context of `session`. Text goes to `show` as soon as it is certain;
 /// `is_interrupted` is asked between tokens and between batches of the prompt.
 ///
 /// # Errors
-/// [`RuntimeError::ContextFull`] for a prompt longer than the context, before anything is computed; those of `show`.
+/// Those of [`check_prompt`], before anything is computed; [`GenerateError::Sample`]; those of `show`.
 pub fn generate(
     session: &mut Session<'_>,
     tokenizer: &Tokenizer,
@@ -122,13 +137,8 @@ pub fn generate(
     show: &mut dyn FnMut(&str) -> io::Result<()>,
     is_interrupted: &dyn Fn() -> bool,
 ) -> Result<Generated, GenerateError> {
-    if prompt.is_empty() {
-        return Err(GenerateError::EmptyPrompt);
-    }
+    check_prompt(session, prompt)?;
     let n_positions_max = session.n_positions_max();
-    if prompt.len() > n_positions_max {
-        return Err(RuntimeError::ContextFull { wanted: prompt.len(), n_positions_max }.into());
-    }
     // A prompt of n positions leaves room to choose from the last one's logits, hence the 1.
     let n_room = n_positions_max - prompt.len() + 1;
     let n_max = options.n_predict.map_or(n_room, |n_predict| n_predict.min(n_room));
@@ -161,7 +171,7 @@ pub fn generate(
     };
 
     let started = Instant::now();
-    for batch in prompt.chunks(N_BATCH) {
+    for batch in prompt.chunks(session.n_batch()) {
         if is_interrupted() {
             generated.stop_reason = StopReason::Interrupt;
             return Ok(generated);

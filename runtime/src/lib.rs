@@ -4,6 +4,7 @@ pub mod bench;
 pub mod chat;
 pub mod device;
 mod engine;
+mod engine_cuda;
 mod error;
 mod forward;
 pub mod generate;

@@ -17,7 +17,9 @@ use serde::Serialize;
 use runtime::bench::{BenchOptions, bench};
 use runtime::chat::ChatFormat;
 use runtime::device::{self, DeviceError};
-use runtime::generate::{GenerateError, GenerateOptions, Generated, N_BATCH, StopReason, generate};
+use runtime::generate::{
+    GenerateError, GenerateOptions, Generated, N_BATCH_MAX, StopReason, check_prompt, generate,
+};
 use runtime::perplexity::{Perplexity, PerplexityError, PerplexityOptions, join_documents, perplexity};
 use runtime::sampler::Candidate;
 use runtime::stats::{RowShares, Stats, Times};
@@ -74,7 +76,7 @@ fn run(cli: &Cli, action: Action<'_>, started: Instant) -> anyhow::Result<ExitCo
 
 /// Maps `file` for the device asked for; with `--check`, all of it is read and compared.
 fn open(cli: &Cli, file: &Path) -> anyhow::Result<Model> {
-    cli.device.resolve()?;
+    cli.device.check()?;
     let model = Model::open(file)?;
     if cli.check {
         let verified = model.layout().verify(model.bytes(), &mut |_| {});
@@ -93,12 +95,12 @@ fn session<'m>(
     let n_positions_max = cli.ctx_size.unwrap_or(n_positions);
     let options = SessionOptions {
         n_positions_max,
-        n_batch_max: N_BATCH.min(n_positions_max),
+        n_batch_max: N_BATCH_MAX.min(n_positions_max),
         n_threads: cli.threads,
         mode,
         alpha_scale: cli.alpha_scale,
     };
-    let mut session = Session::new(model, &options)?;
+    let mut session = Session::on(cli.device, model, &options)?;
     if let Some(kl) = cli.budget {
         session.set_budget(kl)?;
         session.set_mode(mode, cli.alpha_scale);
@@ -166,6 +168,7 @@ fn generate_text(
         end_ids.extend(chat.stops.iter().filter_map(|stop| tokenizer.added_token(stop)));
     }
     let prompt_ids = tokenizer.encode(&prompt)?;
+    check_prompt(&session, &prompt_ids)?;
     let seed = cli.seed();
     let options = GenerateOptions {
         n_predict,
@@ -243,7 +246,7 @@ fn write_statistics(
 
 fn run_bench(cli: &Cli, file: &Path, options: &BenchOptions, output: Table) -> anyhow::Result<()> {
     let model = open(cli, file)?;
-    let n_positions = options.n_prompt.max(options.n_decode);
+    let n_positions = options.n_prompt.max(options.n_decode).min(max_positions(&model));
     let mut session = session(cli, &model, n_positions, MlpMode::Dense)?;
     let results = bench(&mut session, options)?;
     let mut out = io::stdout().lock();
@@ -270,7 +273,7 @@ fn run_perplexity(
     let options = PerplexityOptions {
         window: session.n_positions_max(),
         n_windows,
-        n_batch: N_BATCH.min(session.n_positions_max()),
+        n_batch: session.n_batch(),
         alpha_scale: cli.alpha_scale,
     };
     let ids = tokenizer.encode_plain(&text)?;

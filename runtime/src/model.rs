@@ -1,5 +1,7 @@
 //! A mapped, validated file as typed views of its weights.
 
+use std::fs::File;
+use std::io;
 use std::path::Path;
 
 use format_spec::{DType, FormatError, Layout, ModelConfig, Section, SectionKind};
@@ -8,7 +10,7 @@ use kernels::{BitPlanes, Elements, Matrix, MlpWeights, SignMatrix};
 use memmap2::Mmap;
 
 use crate::RuntimeError;
-use crate::map::map;
+use crate::map::{map, read_at};
 
 #[cfg(target_endian = "big")]
 compile_error!("the weights of a .sinf file are little-endian and used in place");
@@ -17,6 +19,7 @@ compile_error!("the weights of a .sinf file are little-endian and used in place"
 #[derive(Debug)]
 pub struct Model {
     map: Mmap,
+    file: File,
     layout: Layout,
     path: String,
 }
@@ -35,6 +38,13 @@ pub(crate) struct LayerWeights<'m> {
     pub(crate) planes: Option<BitPlanes<'m>>,
 }
 
+impl<'m> LayerWeights<'m> {
+    /// Sign words of W_gate, in files made for prediction.
+    pub(crate) fn signs(&self) -> Option<SignMatrix<'m>> {
+        self.planes.map(|planes| planes.signs)
+    }
+}
+
 /// All weights of a model as views of the map.
 #[derive(Clone, Debug)]
 pub(crate) struct Weights<'m> {
@@ -50,14 +60,14 @@ impl Model {
     /// # Errors
     /// [`RuntimeError::Io`] when it cannot be mapped, [`RuntimeError::Format`] for the first broken rule.
     pub fn open(path: &Path) -> Result<Self, RuntimeError> {
-        let map = map(path)?;
+        let (file, map) = map(path)?;
         let path = path.display().to_string();
         let layout = match Layout::parse(map.as_deref().unwrap_or(&[])) {
             Ok(layout) => layout,
             Err(error) => return Err(RuntimeError::format(&path, error)),
         };
         let map = map.expect("an empty file is not valid");
-        Ok(Self { map, layout, path })
+        Ok(Self { map, file, layout, path })
     }
 
     /// Dimensions and constants.
@@ -73,6 +83,15 @@ impl Model {
     /// The mapped bytes.
     pub fn bytes(&self) -> &[u8] {
         &self.map
+    }
+
+    /// Fills `buffer` with the file's bytes from `offset` on, read instead of mapped: those of a file that was cut since
+    /// are an error.
+    ///
+    /// # Errors
+    /// Those of the system.
+    pub(crate) fn read_at(&self, offset: usize, buffer: &mut [u8]) -> io::Result<()> {
+        read_at(&self.file, offset as u64, buffer)
     }
 
     /// The file's path, for messages.

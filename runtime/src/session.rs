@@ -3,7 +3,9 @@
 use format_spec::calibration::{alpha_from_limit, limit_from_alpha};
 use format_spec::{BudgetPoint, PredictorKind, SectionKind};
 
+use crate::device::Device;
 use crate::engine::{Batch, BatchLogits, Engine, RowChoice};
+use crate::engine_cuda::CudaEngine;
 use crate::forward::CpuEngine;
 use crate::{Model, RuntimeError};
 
@@ -103,6 +105,8 @@ pub struct Session<'m> {
     limits: Vec<Option<f32>>,
     /// In place of the stored limits and thresholds, one for each layer.
     budget: Option<Vec<f32>>,
+    /// Layers whose predictor the backend lacks, so that they are exact.
+    n_not_scored: usize,
     usage: Usage,
 }
 
@@ -112,19 +116,37 @@ impl<'m> Session<'m> {
     /// # Errors
     /// [`RuntimeError::ContextTooLong`].
     pub fn new(model: &'m Model, options: &SessionOptions) -> Result<Self, RuntimeError> {
+        Self::on(Device::Cpu, model, options)
+    }
+
+    /// As [`Session::new`], on `device`; [`Device::Auto`] takes the first CUDA device that has room for the model, else
+    /// the CPU, and [`Session::backend`] says which.
+    ///
+    /// # Errors
+    /// As [`Session::new`]; [`RuntimeError::Cuda`].
+    pub fn on(device: Device, model: &'m Model, options: &SessionOptions) -> Result<Self, RuntimeError> {
         let max = model.config().max_position_embeddings as usize;
         if options.n_positions_max > max {
             return Err(RuntimeError::ContextTooLong { wanted: options.n_positions_max, max });
         }
         let options = SessionOptions { n_batch_max: options.n_batch_max.max(1), ..options.clone() };
+        let engine: Box<dyn Engine + 'm> = match device {
+            Device::Cpu => Box::new(CpuEngine::new(model, &options)),
+            Device::Cuda(index) => Box::new(CudaEngine::new(model, index as usize, &options)?),
+            Device::Auto => match CudaEngine::first_that_fits(model, &options) {
+                Some(engine) => Box::new(engine),
+                None => Box::new(CpuEngine::new(model, &options)),
+            },
+        };
         let mut session = Self {
             model,
-            engine: Box::new(CpuEngine::new(model, &options)),
+            engine,
             n_positions: 0,
             n_positions_max: options.n_positions_max,
             n_batch_max: options.n_batch_max,
             limits: Vec::new(),
             budget: None,
+            n_not_scored: 0,
             usage: Usage::default(),
         };
         session.set_mode(options.mode, options.alpha_scale);
@@ -149,7 +171,17 @@ impl<'m> Session<'m> {
             let budget = self.budget.as_ref().map(|limits| limits[layer as usize]);
             RowChoice::new(mode, stored_rows(self.model, layer, budget, alpha_scale))
         };
-        let rows: Vec<RowChoice> = (0..n_layers).map(choice).collect();
+        let mut rows: Vec<RowChoice> = (0..n_layers).map(choice).collect();
+        self.n_not_scored = 0;
+        if !self.engine.has_scores() {
+            let is_scored = |rows: &RowChoice| {
+                matches!(rows, RowChoice::Threshold(_) | RowChoice::RowThresholds(_))
+            };
+            for rows in rows.iter_mut().filter(|rows| is_scored(rows)) {
+                *rows = RowChoice::Active;
+                self.n_not_scored += 1;
+            }
+        }
         self.limits = rows
             .iter()
             .map(|choice| match choice {
@@ -187,9 +219,19 @@ impl<'m> Session<'m> {
         self.n_positions_max
     }
 
-    /// What runs the model, for people: `cpu (avx512, 2 threads)`.
+    /// Tokens of a batch that the backend is fastest with; at most `n_batch_max`.
+    pub fn n_batch(&self) -> usize {
+        self.engine.n_batch()
+    }
+
+    /// What runs the model, for people: `cpu (avx512, 2 threads)`. A backend that lacks the predictor of a layer computes
+    /// its gate rows exactly and says so here.
     pub fn backend(&self) -> String {
-        self.engine.describe()
+        let engine = self.engine.describe();
+        match self.n_not_scored {
+            0 => engine,
+            n_layers => format!("{engine}, {n_layers} layers exact as it predicts by signs alone"),
+        }
     }
 
     /// The limits on n_neg, or thresholds on scores, that decoding uses, one per layer (the widest where rows have
@@ -221,8 +263,9 @@ impl<'m> Session<'m> {
     /// [`RuntimeError::ContextFull`] and [`RuntimeError::TokenId`], before anything is computed.
     pub fn prefill(&mut self, tokens: &[u32]) -> Result<&[f32], RuntimeError> {
         self.check(tokens)?;
-        let n_batches = tokens.len().div_ceil(self.n_batch_max);
-        for (idx, tokens) in tokens.chunks(self.n_batch_max).enumerate() {
+        let n_batch = self.engine.n_batch();
+        let n_batches = tokens.len().div_ceil(n_batch);
+        for (idx, tokens) in tokens.chunks(n_batch).enumerate() {
             let logits = if idx + 1 == n_batches { BatchLogits::Last } else { BatchLogits::None };
             self.append(tokens, false, logits, None)?;
         }

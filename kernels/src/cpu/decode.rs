@@ -25,11 +25,11 @@ use crate::{Activation, BitPlanes, Matrix, Matvec, MlpCounts, MlpWeights, Rows};
 /// Independent chains of a dot.
 const ACCS: usize = 4;
 /// Weight bytes in a chunk of a matvec: long enough to hide the start of a stream, short enough to share fairly.
-const CHUNK_BYTES: usize = 64 << 10;
+const CHUNK_BYTES: usize = 256 << 10;
 /// Rows of a matvec chunk are a multiple of this.
 const ROW_MULTIPLE: usize = 8;
 /// Neurons in a chunk of gate and up.
-const MLP_ROWS: usize = 64;
+const MLP_ROWS: usize = 128;
 /// Columns of the widest slice of down.
 const SLICE_MAX: usize = 1024;
 /// Columns of the narrowest slice of down.
@@ -391,7 +391,7 @@ pub(super) fn mlp(
     }
 
     let n_cols = w.down_t.n_cols;
-    let width = n_cols.div_ceil(2 * pool.n_threads()).next_multiple_of(64).clamp(SLICE_MIN, SLICE_MAX);
+    let width = n_cols.div_ceil(pool.n_threads()).next_multiple_of(64).clamp(SLICE_MIN, SLICE_MAX);
     let args = Down {
         w_t: w.down_t,
         rows: &scratch.rows[..n_listed],

@@ -19,7 +19,7 @@
 //!            tokens, on the chunk or on the threads, and AVX2 and AVX-512 agree bit for bit
 //! Bytes      bytes::matrix for each block of TOKENS_MAX tokens
 //! Measured   2 cores of an AMD EPYC (Zen 5), AVX-512, f16, weights from memory, share of the multiply-add peak of
-//!            515 GFLOP/s: 64 tokens 78-87 %, 16 tokens 52-62 %; benches/records/2026-11-24-epyc-zen5-2c-gemm.txt
+//!            515 GFLOP/s: 64 tokens 78-87 %, 16 tokens 52-62 %
 //! Tried      at 64 tokens, on 2048x2048, 5504x2048 and 4096x11008. Four groups of rows in a chunk of matmul, so that
 //!            packed tokens are used more often: 10-15 % slower, as rows of more pages take turns in memory. K_BLOCK 256
 //!            or 512: 2-8 % slower. Eight chunks of matmul_t for each thread: as narrow pieces of rows, 2-10 % slower,

@@ -33,7 +33,7 @@ impl<'m> Fit<'m> {
     /// Runs `windows` through `session`, and fits `kinds`. The first `n_prefix` tokens of a window do not count.
     ///
     /// # Errors
-    /// A failed pass, [`PrepError::Interrupted`].
+    /// A failed pass, [`PrepError::NotFinite`], [`PrepError::Interrupted`].
     pub(crate) fn run(
         session: &mut Session<'m>,
         windows: &[Vec<u32>],
@@ -48,6 +48,10 @@ impl<'m> Fit<'m> {
             session.reset();
             session.forward_batch(window, false, None, Some(&mut observer))?;
             progress.advance(window.len() as u64)?;
+        }
+        let energy = |sums: &LayerSums| sums.histograms[0].1.energy();
+        if let Some(layer) = observer.layers.iter().position(|sums| !energy(sums).is_finite()) {
+            return Err(PrepError::NotFinite { layer: layer as u32 });
         }
         let layers = observer.layers.into_iter().map(LayerSums::finish).collect();
         Ok(Self { model, bytes: MlpBytes::new(model), layers })

@@ -94,6 +94,11 @@ impl Histogram {
         }
     }
 
+    /// Energy of all pairs.
+    pub(crate) fn energy(&self) -> f64 {
+        self.bins.iter().map(|bin| bin.energy).sum()
+    }
+
     /// Share of pairs that are active.
     pub(crate) fn rows_active(&self) -> f64 {
         let n_active: u64 = self.bins.iter().map(|bin| bin.n_active).sum();
@@ -157,6 +162,54 @@ fn ordered(value: f32) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Three tokens and two neurons over widths of four signs, with exact sums.
+    fn histogram() -> Histogram {
+        let mut histogram = Histogram::new(4);
+        histogram.add(
+            &[0, 3, 1, 2, 3, 4],
+            &[1.0, -1.0, 2.0, 0.5, 0.0, 1.0],
+            &[1.0, 0.0, 2.0, 1.0, 0.0, 1.0],
+            &[1.0, 4.0],
+            Activation::Relu,
+        );
+        histogram
+    }
+
+    #[test]
+    fn curves_count_pairs_and_energy() {
+        let histogram = histogram();
+        assert_eq!(histogram.rows_active(), 4.0 / 6.0);
+        assert_eq!(histogram.energy(), 13.0);
+        // By n_neg: pairs 1 1 1 2 1, active 1 1 1 0 1, energy 1 4 4 0 4.
+        let expected = [
+            (0, 1.0 / 6.0, 1.0 / 4.0, 12.0 / 13.0),
+            (1, 2.0 / 6.0, 2.0 / 4.0, 8.0 / 13.0),
+            (2, 3.0 / 6.0, 3.0 / 4.0, 4.0 / 13.0),
+            (3, 5.0 / 6.0, 3.0 / 4.0, 4.0 / 13.0),
+            (4, 1.0, 1.0, 0.0),
+        ];
+        let curve = histogram.curve();
+        assert_eq!(curve.len(), expected.len());
+        for (effect, (limit, rows_kept, recall, missed_energy)) in curve.iter().zip(expected) {
+            assert_eq!(effect.limit, limit);
+            for (found, expected) in [
+                (effect.rows_kept, rows_kept),
+                (effect.recall, recall),
+                (effect.missed_energy, missed_energy),
+            ] {
+                assert!((found - expected).abs() < 1e-12, "{effect:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn steps_leave_out_limits_that_keep_nothing_more() {
+        let mut histogram = Histogram::new(9);
+        histogram.add(&[2, 7], &[1.0, 1.0], &[1.0, 1.0], &[1.0, 1.0], Activation::Relu);
+        let limits: Vec<u32> = histogram.steps().iter().map(|effect| effect.limit).collect();
+        assert_eq!(limits, [2, 7]);
+    }
 
     #[test]
     fn a_threshold_keeps_the_bins_up_to_its_own() {

@@ -88,15 +88,13 @@ pub fn read_tokenizer(folder: &Path, config: &ModelConfig) -> Result<FolderToken
     check_bytes(&path, &vocabulary.pieces)?;
     let (add_bos, add_eos) = if settings.is_llama_class { LLAMA_AFFIXES } else { affixes };
     let (add_bos, add_eos) = (settings.add_bos.unwrap_or(add_bos), settings.add_eos.unwrap_or(add_eos));
-    let bos_token_id = match &settings.bos {
-        Some(bos) if add_bos => Some(bos_id(&path, &vocabulary.pieces, bos, config)?),
-        _ => None,
-    };
-    Ok(FolderTokenizer {
-        bos_token_id,
-        tokenizer: tokenizer(vocabulary, bos_token_id.is_some(), add_eos && !config.eos_token_ids.is_empty()),
-        files,
-    })
+    let bos = settings.bos.as_deref();
+    let bos_token_id = if add_bos { Some(bos_id(&path, &vocabulary.pieces, bos, config)?) } else { None };
+    if add_eos && config.eos_token_ids.is_empty() {
+        let found = "none in config.json".to_owned();
+        return Err(field_error(&path, "eos_token_id", "an id, as EOS is put behind every text", found));
+    }
+    Ok(FolderTokenizer { bos_token_id, tokenizer: tokenizer(vocabulary, add_bos, add_eos), files })
 }
 
 /// `(add_bos, add_eos)` of Llama's tokenizer classes where nothing is said.
@@ -189,14 +187,14 @@ fn check_bytes(path: &Path, pieces: &[String]) -> Result<(), PrepError> {
 }
 
 /// The id of the BOS token, which must be the one of config.json.
-fn bos_id(path: &Path, pieces: &[String], bos: &str, config: &ModelConfig) -> Result<u32, PrepError> {
-    let found = find(pieces, bos);
+fn bos_id(path: &Path, pieces: &[String], bos: Option<&str>, config: &ModelConfig) -> Result<u32, PrepError> {
+    let found = bos.and_then(|bos| find(pieces, bos));
     match (found, config.bos_token_id) {
         (Some(id), None) => Ok(id),
         (Some(id), Some(expected)) if id == expected => Ok(id),
         (_, expected) => Err(PrepError::Field {
             path: path.to_owned(),
-            field: format!("bos_token {bos:?}"),
+            field: format!("bos_token {:?}", bos.unwrap_or("null")),
             expected: match expected {
                 Some(id) => format!("id {id}, the bos_token_id of config.json"),
                 None => "a piece of the vocabulary".to_owned(),

@@ -154,6 +154,18 @@ fn files_that_disagree_are_refused() {
 }
 
 #[test]
+fn affixes_need_their_tokens() {
+    let folder = copy(&["tokenizer.json"]);
+    edit(&folder, "tokenizer_config.json", |config| config["add_eos_token"] = true.into());
+    assert!(read(&folder).expect("accepted").tokenizer.add_eos);
+    edit(&folder, "config.json", |config| config["eos_token_id"] = Value::Null);
+    refused(&folder, &["eos_token_id", "none in config.json"]);
+    let folder = copy(&["tokenizer.json"]);
+    edit(&folder, "tokenizer_config.json", |config| config["bos_token"] = "<bos>".into());
+    refused(&folder, &["bos_token", "<bos>", "no such piece"]);
+}
+
+#[test]
 fn other_families_are_refused_by_field() {
     type Change = fn(&mut Value);
     let cases: [(Change, &[&str]); 15] = [

@@ -1,0 +1,571 @@
+//! Times of the CUDA kernels, each alone and a whole token as one graph, at the shapes of models:
+//!
+//! ```sh
+//! cargo bench -p kernels --bench cuda -- 7b [--context 512] [--keep 0.2] [--ahead N]... [--overlap] [--verbose]
+//! ```
+//!
+//! Weights are random and each layer has its own, so that they come from memory, as in a text. Limits keep the asked
+//! share of gate rows; the activation's threshold is then set so that 11 % of all rows are active (or as many as are
+//! kept). Times are of the device, medians of `REPEATS` graph launches; bytes are the weights, sign words and cached
+//! positions that the token needs, each once.
+#![expect(clippy::print_stdout, reason = "the table is the program's result")]
+
+use std::time::Instant;
+
+use half::f16;
+use kernels::cuda::{
+    AttentionCall, AttentionScratch, Buffer, CudaError, DecodeCall, DecodeLayer, DecodeScratch, Device,
+    DeviceLimits, DeviceMatrix, DeviceRows, DownCall, DownScratch, Dtype, GateUpCall, MatvecCall, QkvCall,
+    View,
+};
+use kernels::{Activation, AttentionShape};
+
+const REPEATS: usize = 20;
+const EPS: f32 = 1e-5;
+const ACTIVE_SHARE: f64 = 0.11;
+
+#[derive(Clone, Copy)]
+struct Shape {
+    name: &'static str,
+    d: usize,
+    f: usize,
+    n_layers: usize,
+    n_heads: usize,
+    n_kv_heads: usize,
+    head_dim: usize,
+    vocab_size: usize,
+}
+
+const SHAPES: [Shape; 4] = [
+    Shape {
+        name: "46m",
+        d: 512,
+        f: 1376,
+        n_layers: 12,
+        n_heads: 4,
+        n_kv_heads: 4,
+        head_dim: 128,
+        vocab_size: 8192,
+    },
+    Shape {
+        name: "1b",
+        d: 2048,
+        f: 5504,
+        n_layers: 16,
+        n_heads: 32,
+        n_kv_heads: 8,
+        head_dim: 64,
+        vocab_size: 32000,
+    },
+    Shape {
+        name: "7b",
+        d: 4096,
+        f: 11008,
+        n_layers: 32,
+        n_heads: 32,
+        n_kv_heads: 32,
+        head_dim: 128,
+        vocab_size: 32000,
+    },
+    Shape {
+        name: "13b",
+        d: 5120,
+        f: 13824,
+        n_layers: 40,
+        n_heads: 40,
+        n_kv_heads: 40,
+        head_dim: 128,
+        vocab_size: 32000,
+    },
+];
+
+/// Rows that an MLP reads.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Mode {
+    Dense,
+    Exact,
+    Predicted,
+}
+
+/// One layer's weights in one buffer.
+struct Layer {
+    weights: Buffer,
+    keys: Buffer,
+    values: Buffer,
+}
+
+struct Bench {
+    device: Device,
+    shape: Shape,
+    attention: AttentionShape,
+    layers: Vec<Layer>,
+    norm: Buffer,
+    angles: Buffer,
+    vocabulary: Buffer,
+    state: Buffer,
+    x: Buffer,
+    q: Buffer,
+    attended: Buffer,
+    h: Buffer,
+    counts: Buffer,
+    logits: Buffer,
+    ids: Buffer,
+    attention_scratch: AttentionScratch,
+    down_scratch: DownScratch,
+    decode_scratch: DecodeScratch,
+    layer_counts: Buffer,
+    context: usize,
+    limit: u32,
+    threshold: f32,
+}
+
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    /// `n` values, uniform with variance `variance`.
+    fn halves(&mut self, n: usize, variance: f32) -> Vec<f16> {
+        let scale = (3.0 * variance).sqrt() / 32768.0;
+        // A table of all steps costs less than a conversion for each value.
+        let table: Vec<f16> = (0..1 << 16).map(|i| f16::from_f32((i - 32768) as f32 * scale)).collect();
+        let mut values = Vec::with_capacity(n + 3);
+        while values.len() < n {
+            let bits = self.next();
+            values.extend((0..4).map(|i| table[(bits >> (16 * i)) as usize & 0xffff]));
+        }
+        values.truncate(n);
+        values
+    }
+}
+
+impl Shape {
+    /// Elements before each matrix of a layer: q, k, v, o, gate, up, down, and the end, where the sign words begin.
+    fn offsets(&self) -> [usize; 8] {
+        let (q, kv) = (self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim);
+        let sizes = [
+            q * self.d,
+            kv * self.d,
+            kv * self.d,
+            q * self.d,
+            self.f * self.d,
+            self.f * self.d,
+            self.f * self.d,
+        ];
+        let mut offsets = [0; 8];
+        for (i, size) in sizes.into_iter().enumerate() {
+            offsets[i + 1] = offsets[i] + size;
+        }
+        offsets
+    }
+}
+
+impl Bench {
+    fn new(device: Device, shape: Shape, context: usize, keep: f64) -> Result<Self, CudaError> {
+        let mut random = Random(0x9e37_79b9_7f4a_7c15);
+        let (d, f) = (shape.d, shape.f);
+        let offsets = shape.offsets();
+        let weights = random.halves(offsets[7], 1.0 / d as f32);
+        let n_words = d.div_ceil(32);
+        let mut bytes: Vec<u8> = bytemuck::cast_slice(&weights).to_vec();
+        for row in weights[offsets[4]..offsets[5]].chunks_exact(d) {
+            for part in row.chunks(32) {
+                let word = part
+                    .iter()
+                    .enumerate()
+                    .fold(0u32, |word, (i, v)| word | u32::from(v.to_f32() < 0.0) << i);
+                bytes.extend(word.to_le_bytes());
+            }
+        }
+        assert_eq!(bytes.len(), offsets[7] * 2 + f * n_words * 4);
+        let attention = AttentionShape {
+            n_heads: shape.n_heads,
+            n_kv_heads: shape.n_kv_heads,
+            head_dim: shape.head_dim,
+            n_positions_max: context + 128,
+        };
+        let n_cached = shape.n_kv_heads * attention.n_positions_max * shape.head_dim;
+        let cached = random.halves(n_cached, 1.0);
+        let layers = (0..shape.n_layers)
+            .map(|_| {
+                Ok(Layer {
+                    weights: device.upload(&bytes)?,
+                    keys: device.upload(&cached)?,
+                    values: device.upload(&cached)?,
+                })
+            })
+            .collect::<Result<_, CudaError>>()?;
+        let floats = |n: usize| device.alloc(4 * n);
+        let embedding = random.halves(shape.vocab_size * d, 1.0);
+        let spread = (d as f64).sqrt() / 2.0;
+        let mut bench = Self {
+            layers,
+            norm: device.upload(&vec![1.0f32; d])?,
+            angles: device.upload(&vec![0.6f32; attention.n_positions_max * shape.head_dim / 2])?,
+            vocabulary: device.upload(&embedding)?,
+            state: device.upload(&[7u32, context as u32])?,
+            x: floats(d)?,
+            q: floats(shape.n_heads * shape.head_dim)?,
+            attended: floats(shape.n_heads * shape.head_dim)?,
+            h: floats(f)?,
+            counts: device.alloc(16)?,
+            logits: floats(shape.vocab_size)?,
+            ids: device.alloc(4 * attention.n_positions_max)?,
+            attention_scratch: device.attention_scratch(&attention)?,
+            down_scratch: device.down_scratch(f, d)?,
+            decode_scratch: device.decode_scratch(&attention, d, f, 2)?.expect("widths of models fit"),
+            layer_counts: device.alloc(16 * shape.n_layers)?,
+            limit: (d as f64 / 2.0 + spread * normal_quantile(keep)).round() as u32,
+            threshold: 0.0,
+            device,
+            shape,
+            attention,
+            context,
+        };
+        bench.set_threshold(keep)?;
+        Ok(bench)
+    }
+
+    /// Bisects the threshold that leaves `ACTIVE_SHARE` of the first layer's rows.
+    fn set_threshold(&mut self, keep: f64) -> Result<(), CudaError> {
+        let wanted = (ACTIVE_SHARE.min(keep) * self.shape.f as f64) as u64;
+        let (mut low, mut high) = (0.0f32, 8.0f32);
+        for _ in 0..12 {
+            self.threshold = (low + high) / 2.0;
+            self.device.write(self.counts.view(), &[0u64; 2])?;
+            self.device.embed(&self.embedding()?, self.state.view(), self.x.view())?;
+            self.gate_up(0, Mode::Predicted)?;
+            let mut counts = [0u64; 2];
+            self.device.read(self.counts.view(), &mut counts)?;
+            if counts[1] > wanted { low = self.threshold } else { high = self.threshold }
+        }
+        Ok(())
+    }
+
+    fn embedding(&self) -> Result<DeviceMatrix<'_>, CudaError> {
+        DeviceMatrix::new(self.vocabulary.view(), Dtype::F16, self.shape.vocab_size, self.shape.d)
+    }
+
+    /// Matrix `i` of a layer, in the order of [`Shape::offsets`].
+    fn matrix(
+        &self,
+        layer: usize,
+        i: usize,
+        n_rows: usize,
+        n_cols: usize,
+    ) -> Result<DeviceMatrix<'_>, CudaError> {
+        let view = self.layers[layer].weights.view();
+        let view = view.slice(self.shape.offsets()[i] * 2, n_rows * n_cols * 2);
+        DeviceMatrix::new(view, Dtype::F16, n_rows, n_cols)
+    }
+
+    fn signs(&self, layer: usize) -> View<'_> {
+        let offset = self.shape.offsets()[7] * 2;
+        self.layers[layer].weights.view().slice(offset, self.shape.f * self.shape.d.div_ceil(32) * 4)
+    }
+
+    fn rows_of(&self, layer: usize, mode: Mode) -> DeviceRows<'_> {
+        match mode {
+            Mode::Dense => DeviceRows::All,
+            Mode::Exact => DeviceRows::Active,
+            Mode::Predicted => {
+                DeviceRows::Predicted { signs: self.signs(layer), limits: DeviceLimits::Layer(self.limit) }
+            }
+        }
+    }
+
+    /// A token as one kernel.
+    fn decode(&self, mode: Mode) -> Result<(), CudaError> {
+        let Shape { d, f, n_heads, n_kv_heads, head_dim, .. } = self.shape;
+        let layers = (0..self.layers.len())
+            .map(|layer| {
+                Ok(DecodeLayer {
+                    w_q: self.matrix(layer, 0, n_heads * head_dim, d)?,
+                    w_k: self.matrix(layer, 1, n_kv_heads * head_dim, d)?,
+                    w_v: self.matrix(layer, 2, n_kv_heads * head_dim, d)?,
+                    w_o: self.matrix(layer, 3, d, n_heads * head_dim)?,
+                    w_gate: self.matrix(layer, 4, f, d)?,
+                    w_up: self.matrix(layer, 5, f, d)?,
+                    w_down_t: self.matrix(layer, 6, f, d)?,
+                    rows: self.rows_of(layer, mode),
+                    attn_norm: self.norm.view(),
+                    mlp_norm: self.norm.view(),
+                    keys: self.layers[layer].keys.view(),
+                    values: self.layers[layer].values.view(),
+                })
+            })
+            .collect::<Result<Vec<_>, CudaError>>()?;
+        self.device.decode(&DecodeCall {
+            shape: self.attention,
+            embedding: self.embedding()?,
+            lm_head: self.embedding()?,
+            final_norm: self.norm.view(),
+            layers: &layers,
+            cos: self.angles.view(),
+            sin: self.angles.view(),
+            activation: Activation::FatRelu(self.threshold),
+            eps: EPS,
+            state: self.state.view(),
+            ids: self.ids.view(),
+            logits: self.logits.view(),
+            counts: self.layer_counts.view(),
+            greedy: true,
+            scratch: &self.decode_scratch,
+        })
+    }
+
+    fn qkv(&self, layer: usize) -> Result<(), CudaError> {
+        let Shape { d, n_heads, n_kv_heads, head_dim, .. } = self.shape;
+        self.device.qkv(&QkvCall {
+            shape: self.attention,
+            w_q: self.matrix(layer, 0, n_heads * head_dim, d)?,
+            w_k: self.matrix(layer, 1, n_kv_heads * head_dim, d)?,
+            w_v: self.matrix(layer, 2, n_kv_heads * head_dim, d)?,
+            x: self.x.view(),
+            norm: self.norm.view(),
+            eps: EPS,
+            cos: self.angles.view(),
+            sin: self.angles.view(),
+            q: self.q.view(),
+            k_cache: self.layers[layer].keys.view(),
+            v_cache: self.layers[layer].values.view(),
+            state: self.state.view(),
+        })
+    }
+
+    fn attend(&self, layer: usize) -> Result<(), CudaError> {
+        self.device.attention(&AttentionCall {
+            shape: self.attention,
+            q: self.q.view(),
+            k_cache: self.layers[layer].keys.view(),
+            v_cache: self.layers[layer].values.view(),
+            cache: Dtype::F16,
+            out: self.attended.view(),
+            scratch: &self.attention_scratch,
+            state: self.state.view(),
+        })
+    }
+
+    fn output(&self, layer: usize) -> Result<(), CudaError> {
+        let n_cols = self.shape.n_heads * self.shape.head_dim;
+        self.device.matvec(&MatvecCall {
+            w: self.matrix(layer, 3, self.shape.d, n_cols)?,
+            x: self.attended.view(),
+            norm: None,
+            y: self.x.view(),
+            accumulate: true,
+        })
+    }
+
+    fn gate_up(&self, layer: usize, mode: Mode) -> Result<(), CudaError> {
+        self.device.gate_up(&GateUpCall {
+            w_gate: self.matrix(layer, 4, self.shape.f, self.shape.d)?,
+            w_up: self.matrix(layer, 5, self.shape.f, self.shape.d)?,
+            rows: self.rows_of(layer, mode),
+            activation: Activation::FatRelu(self.threshold),
+            x: self.x.view(),
+            norm: self.norm.view(),
+            eps: EPS,
+            h: self.h.view(),
+            counts: self.counts.view(),
+        })
+    }
+
+    fn down(&self, layer: usize, mode: Mode) -> Result<(), CudaError> {
+        self.device.down(&DownCall {
+            w_down_t: self.matrix(layer, 6, self.shape.f, self.shape.d)?,
+            h: self.h.view(),
+            dense: mode == Mode::Dense,
+            x: self.x.view(),
+            scratch: &self.down_scratch,
+        })
+    }
+
+    fn head(&self) -> Result<(), CudaError> {
+        self.device.matvec(&MatvecCall {
+            w: self.embedding()?,
+            x: self.x.view(),
+            norm: Some((self.norm.view(), EPS)),
+            y: self.logits.view(),
+            accumulate: false,
+        })
+    }
+
+    fn token(&self, mode: Mode) -> Result<(), CudaError> {
+        self.device.embed(&self.embedding()?, self.state.view(), self.x.view())?;
+        for layer in 0..self.layers.len() {
+            self.qkv(layer)?;
+            self.attend(layer)?;
+            self.output(layer)?;
+            self.gate_up(layer, mode)?;
+            self.down(layer, mode)?;
+        }
+        self.head()?;
+        self.device.greedy(self.logits.view(), self.ids.view(), self.state.view())
+    }
+
+    /// Median, lowest and highest microseconds of the device for what `launches` launches, as a graph.
+    fn time_us(&self, launches: impl FnOnce() -> Result<(), CudaError>) -> Result<[f64; 3], CudaError> {
+        // SAFETY: the graph is dropped before the buffers of `self`.
+        let graph = unsafe { self.device.capture(launches) }?;
+        let mut times = Vec::with_capacity(REPEATS);
+        for repeat in 0..REPEATS + 3 {
+            if repeat % 64 == 0 {
+                self.device.write(self.state.view(), &[7u32, self.context as u32])?;
+            }
+            let start = self.device.record()?;
+            self.device.replay(&graph)?;
+            times.push(self.device.record()?.ms_since(&start)? * 1e3);
+        }
+        let mut times = times.split_off(3);
+        times.sort_by(f64::total_cmp);
+        Ok([times[REPEATS / 2], times[0], times[REPEATS - 1]])
+    }
+
+    /// Rows kept and active, for each layer and token, of a token in `mode`.
+    fn rows(&self, mode: Mode) -> Result<[f64; 2], CudaError> {
+        self.device.write(self.counts.view(), &[0u64; 2])?;
+        self.device.write(self.state.view(), &[7u32, self.context as u32])?;
+        self.token(mode)?;
+        let mut counts = [0u64; 2];
+        self.device.read(self.counts.view(), &mut counts)?;
+        Ok(counts.map(|count| count as f64 / self.layers.len() as f64))
+    }
+
+    /// Largest difference of a logit between the two ways, as a share of the largest logit.
+    fn difference(&self, mode: Mode) -> Result<f32, CudaError> {
+        let mut logits = [0, 1].map(|_| vec![0.0f32; self.shape.vocab_size]);
+        for (way, logits) in logits.iter_mut().enumerate() {
+            self.device.write(self.state.view(), &[7u32, self.context as u32])?;
+            if way == 0 {
+                self.token(mode)?
+            } else {
+                self.decode(mode)?
+            }
+            self.device.read(self.logits.view(), logits)?;
+        }
+        let largest = logits[0].iter().fold(0.0f32, |largest, v| largest.max(v.abs()));
+        let pairs = logits[0].iter().zip(&logits[1]);
+        Ok(pairs.fold(0.0f32, |worst, (a, b)| if (a - b).abs() <= worst { worst } else { (a - b).abs() })
+            / largest)
+    }
+
+    fn report(&self, keep: f64, gb_per_s: f64, verbose: bool) -> Result<(), CudaError> {
+        let Shape { d, f, n_layers, n_heads, n_kv_heads, head_dim, vocab_size, .. } = self.shape;
+        let (q, kv) = ((n_heads * head_dim) as f64, (n_kv_heads * head_dim) as f64);
+        let (row, layers) = (d as f64 * 2.0, n_layers as f64);
+        let line = |name: &str, [us, low, high]: [f64; 3], n: f64, bytes: f64| {
+            let rate = n * bytes / us / 1e3;
+            println!(
+                "{name:<28} {:9.2} us ({:.2} to {:.2})  {:8.2} MB  {rate:7.0} GB/s  {:5.1} %",
+                us / n,
+                low / n,
+                high / n,
+                bytes / 1e6,
+                100.0 * rate / gb_per_s
+            );
+        };
+        let each = |launch: &dyn Fn(usize) -> Result<(), CudaError>| {
+            self.time_us(|| (0..n_layers).try_for_each(launch))
+        };
+        let kv_bytes = 2.0 * kv * 2.0 * (self.context + 1) as f64;
+        if verbose {
+            line("qkv", each(&|layer| self.qkv(layer))?, layers, (q + 2.0 * kv) * row);
+            line("attention", each(&|layer| self.attend(layer))?, layers, kv_bytes);
+            line("output", each(&|layer| self.output(layer))?, layers, q * row);
+            line("lm_head", self.time_us(|| self.head())?, 1.0, vocab_size as f64 * row);
+            let greedy = || self.device.greedy(self.logits.view(), self.ids.view(), self.state.view());
+            line("greedy", self.time_us(greedy)?, 1.0, vocab_size as f64 * 4.0);
+        }
+        for mode in [Mode::Dense, Mode::Exact, Mode::Predicted] {
+            let [n_kept, n_active] = self.rows(mode)?;
+            let signs = if mode == Mode::Predicted { (f * d.div_ceil(32) * 4) as f64 } else { 0.0 };
+            let [n_up, n_down] = if mode == Mode::Dense { [f as f64; 2] } else { [n_active; 2] };
+            if verbose {
+                let bytes = signs + (n_kept + n_up) * row;
+                self.rows(mode)?;
+                line(&format!("gate_up {mode:?}"), each(&|layer| self.gate_up(layer, mode))?, layers, bytes);
+                self.rows(mode)?;
+                line(&format!("down {mode:?}"), each(&|layer| self.down(layer, mode))?, layers, n_down * row);
+            }
+            let layer_bytes = (2.0 * q + 2.0 * kv) * row + kv_bytes + signs + (n_kept + n_up + n_down) * row;
+            let bytes = layers * layer_bytes + vocab_size as f64 * row;
+            let graph = self.time_us(|| self.token(mode))?;
+            line(&format!("token {mode:?}, kernels"), graph, 1.0, bytes);
+            let decode = self.time_us(|| self.decode(mode))?;
+            line(&format!("token {mode:?}, one kernel"), decode, 1.0, bytes);
+            println!(
+                "  {} {mode:?} keep {keep}: {:.1} and {:.1} tok/s, rows kept {:.1} %, active {:.1} %, logits differ by {:.1e}",
+                self.shape.name,
+                1e6 / graph[0],
+                1e6 / decode[0],
+                100.0 * n_kept / f as f64,
+                100.0 * n_active / f as f64,
+                self.difference(mode)?
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Where the normal distribution has `share` of its mass below, within eight deviations.
+fn normal_quantile(share: f64) -> f64 {
+    let (mut low, mut high) = (-8.0, 8.0);
+    for _ in 0..60 {
+        let middle = (low + high) / 2.0;
+        if normal_share(middle) < share { low = middle } else { high = middle }
+    }
+    low
+}
+
+/// Mass of the normal distribution below `x`, by Simpson's rule.
+fn normal_share(x: f64) -> f64 {
+    let n = 400;
+    let step = (x + 9.0) / f64::from(n);
+    let density = |i: i32| (-(step * f64::from(i) - 9.0).powi(2) / 2.0).exp();
+    let inner: f64 = (1..n).map(|i| density(i) * if i % 2 == 1 { 4.0 } else { 2.0 }).sum();
+    (density(0) + inner + density(n)) * step / 3.0 / std::f64::consts::TAU.sqrt()
+}
+
+fn main() -> Result<(), CudaError> {
+    let args: Vec<String> = std::env::args().skip(1).filter(|arg| arg != "--bench").collect();
+    let values = |name: &str| -> Vec<f64> {
+        let after = args.windows(2).filter(|pair| pair[0] == name);
+        after.map(|pair| pair[1].parse().unwrap_or_else(|_| panic!("{name} takes a number"))).collect()
+    };
+    let shape = SHAPES.iter().find(|shape| args.iter().any(|arg| arg == shape.name)).unwrap_or(&SHAPES[0]);
+    let context = values("--context").last().map_or(512, |&value| value as usize);
+    let keeps = Some(values("--keep")).filter(|keeps| !keeps.is_empty()).unwrap_or_else(|| vec![0.2]);
+    let verbose = args.iter().any(|arg| arg == "--verbose");
+    let mut device = Device::open(0)?;
+    if args.iter().any(|arg| arg == "--overlap") {
+        device = device.with_overlap();
+    }
+    let gb_per_s = device.measure_read_gb_per_s()?;
+    println!("{:?}\nread {gb_per_s:.0} GB/s, overlap {}", device.info(), device.overlaps());
+    let started = Instant::now();
+    let mut bench = Bench::new(device, *shape, context, keeps[0])?;
+    println!("{} at context {context}, set up in {:.1?}", shape.name, started.elapsed());
+    let aheads = Some(values("--ahead")).filter(|aheads| !aheads.is_empty());
+    for &keep in &keeps {
+        let spread = (shape.d as f64).sqrt() / 2.0;
+        bench.limit = (shape.d as f64 / 2.0 + spread * normal_quantile(keep)).round() as u32;
+        bench.set_threshold(keep)?;
+        match &aheads {
+            None => bench.report(keep, gb_per_s, verbose)?,
+            Some(aheads) => {
+                for &ahead in aheads {
+                    println!("ahead {ahead}");
+                    bench.device = bench.device.with_ahead(ahead as usize);
+                    bench.report(keep, gb_per_s, verbose)?;
+                }
+            }
+        }
+    }
+    Ok(())
+}

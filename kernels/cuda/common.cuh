@@ -1,0 +1,148 @@
+// What every kernel shares: element types, wide loads, reductions, and the overlap of one kernel with the next.
+//
+// Words: a lane is a thread of a warp; a segment is the part of a row that one warp multiplies at a time, SEG_LOADS
+// 16-byte loads for each lane at most; an item is one segment of one row.
+
+#pragma once
+
+#include <climits>
+#include <cstdint>
+#include <type_traits>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+constexpr int WARP = 32;
+// 16-byte loads that a lane has in flight. Eight, for 16 warps a block, are 64 KB on an SM: three times what the
+// latency of an H100's memory asks for.
+constexpr int SEG_LOADS = 8;
+
+__device__ __forceinline__ int lane_id() { return threadIdx.x % WARP; }
+__device__ __forceinline__ int warp_id() { return threadIdx.x / WARP; }
+
+// Overlap with the kernels before and after in the stream (programmatic dependent launch, sm_90 and later). What
+// comes before wait_for_previous() touches weights alone; every vector that another kernel wrote is read after it.
+// The next kernel is let in right after the wait: it then waits in turn, having asked for its first weights.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Asks for bytes ahead of their use. address and n_bytes are multiples of 16. One lane is enough.
+__device__ __forceinline__ void prefetch_l2(const void* address, uint32_t n_bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(n_bytes) : "memory");
+#endif
+}
+
+// 16 bytes of weights: read once, so they do not displace what L1 holds.
+__device__ __forceinline__ uint4 load_weights(const void* address) {
+    uint4 v;
+    asm("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+        : "l"(address));
+    return v;
+}
+
+// Makes a group of the asynchronous copies started since the last one, for waits to count.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Elements in 16 bytes.
+template <typename T>
+constexpr int PER_LOAD = 16 / sizeof(T);
+
+__device__ __forceinline__ float to_f32(float v) { return v; }
+__device__ __forceinline__ float to_f32(__half v) { return __half2float(v); }
+__device__ __forceinline__ float to_f32(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+__device__ __forceinline__ void from_f32(float v, float& out) { out = v; }
+__device__ __forceinline__ void from_f32(float v, __half& out) { out = __float2half_rn(v); }
+
+// The elements of 16 bytes as f32, exact.
+template <typename T>
+__device__ __forceinline__ void unpack(uint4 raw, float (&out)[PER_LOAD<T>]);
+
+template <>
+__device__ __forceinline__ void unpack<float>(uint4 raw, float (&out)[4]) {
+    out[0] = __uint_as_float(raw.x);
+    out[1] = __uint_as_float(raw.y);
+    out[2] = __uint_as_float(raw.z);
+    out[3] = __uint_as_float(raw.w);
+}
+
+template <>
+__device__ __forceinline__ void unpack<__half>(uint4 raw, float (&out)[8]) {
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&words[i]));
+        out[2 * i] = pair.x;
+        out[2 * i + 1] = pair.y;
+    }
+}
+
+template <>
+__device__ __forceinline__ void unpack<__nv_bfloat16>(uint4 raw, float (&out)[8]) {
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        out[2 * i] = __uint_as_float(words[i] << 16);
+        out[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+}
+
+// The same value on every lane: lanes add in a fixed tree.
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+    for (int offset = WARP / 2; offset > 0; offset /= 2) {
+        v += __shfl_xor_sync(0xffffffffu, v, offset);
+    }
+    return v;
+}
+
+// The sum over the block on every thread, in a fixed order. scratch holds one float for each warp; the block's threads
+// have to be whole warps. Ends past a barrier; scratch is free again after the next one.
+__device__ __forceinline__ float block_sum(float v, float* scratch) {
+    v = warp_sum(v);
+    if (lane_id() == 0) {
+        scratch[warp_id()] = v;
+    }
+    __syncthreads();
+    const int n_warps = blockDim.x / WARP;
+    return warp_sum(lane_id() < n_warps ? scratch[lane_id()] : 0.0f);
+}
+
+// Rows that are read, as the host numbers them.
+enum Rows : uint32_t { ALL = 0, ACTIVE = 1, PREDICTED = 2 };
+
+// Activations, as the host numbers them.
+enum Activation : uint32_t { RELU = 0, FATRELU = 1, SILU = 2 };
+
+__device__ __forceinline__ float activate(uint32_t activation, float threshold, float v) {
+    switch (activation) {
+        case RELU:
+            return fmaxf(v, 0.0f);
+        case FATRELU:
+            return v >= threshold ? v : 0.0f;
+        default:
+            return v / (1.0f + expf(-v));
+    }
+}
+
+// Factor that brings sums relative to maximum up to those relative to the larger one.
+__device__ __forceinline__ float rescale(float maximum, float larger) {
+    return maximum == -INFINITY ? 0.0f : exp2f(maximum - larger);
+}
+
+// First of the units that block gets when n_units are dealt to n_blocks in contiguous runs, the first ones one longer.
+__device__ __forceinline__ int share_begin(int n_units, int block, int n_blocks) {
+    const int each = static_cast<unsigned>(n_units) / static_cast<unsigned>(n_blocks);
+    return block * each + min(block, n_units - each * n_blocks);
+}
+
+// Where a token stands; written by the last kernel of a token, read by all of the next.
+struct State {
+    uint32_t token;     // the token being processed
+    uint32_t position;  // its position, also the number of positions before it
+};

@@ -1,0 +1,107 @@
+// What the kernels over batches of tokens share.
+//
+// Tensor cores multiply f16 by f16 or bf16 by bf16, so that inputs are rounded to the type of the weights. An f16 keeps
+// 11 bits, enough for logits; a bf16 keeps 8, which is not. Batched inputs in bf16 are therefore two planes, the
+// rounded value and the rounded rest, whose products with the same weights add up: 16 bits, twice the arithmetic.
+
+#pragma once
+
+#include "common.cuh"
+
+constexpr float F16_MAX = 65504.0f;
+
+// Planes of a batched input: it is their sum.
+template <typename T>
+constexpr int PLANES = 1;
+template <>
+inline constexpr int PLANES<__nv_bfloat16> = 2;
+
+// v in the planes at out, plane elements apart. An f16 saturates, as one infinity would turn a token into NaN.
+__device__ __forceinline__ void store_rounded(float* out, int64_t, float v) { *out = v; }
+__device__ __forceinline__ void store_rounded(__half* out, int64_t, float v) {
+    const float upper = v > F16_MAX ? F16_MAX : v;
+    *out = __float2half_rn(upper < -F16_MAX ? -F16_MAX : upper);
+}
+__device__ __forceinline__ void store_rounded(__nv_bfloat16* out, int64_t plane, float v) {
+    const __nv_bfloat16 high = __float2bfloat16_rn(v);
+    out[0] = high;
+    out[plane] = __float2bfloat16_rn(v - __bfloat162float(high));
+}
+
+// store(col, load(col)) for four columns of each thread from first on, neighbours by neighbours. All loads come before
+// the first store, so that they are in flight together.
+template <typename Load, typename Store>
+__device__ __forceinline__ void for_columns(int first, int n_cols, const Load& load, const Store& store) {
+    decltype(load(0)) values[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int col = first + i * blockDim.x + threadIdx.x;
+        if (col < n_cols) {
+            values[i] = load(col);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int col = first + i * blockDim.x + threadIdx.x;
+        if (col < n_cols) {
+            store(col, values[i]);
+        }
+    }
+}
+
+// 16 bytes from global to shared memory without a register in between; zeros where there is nothing to copy.
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool in) {
+    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(in ? 16 : 0)
+                 : "memory");
+}
+
+// Waits until at most N of the committed groups are still on their way.
+template <int N>
+__device__ __forceinline__ void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit elements; lane i holds the address of row i % 8 of matrix i / 8.
+__device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* row) {
+    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(address));
+}
+
+// As load_matrices, each matrix transposed.
+__device__ __forceinline__ void load_matrices_t(uint32_t (&out)[4], const void* row) {
+    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(address));
+}
+
+// c (16 x 8) += a (16 x 16) b (16 x 8), f32 sums. With group = lane / 4 and pair = lane % 4 * 2, a lane holds
+// a: rows group and group + 8, columns pair and pair + 8, two neighbours each; b: rows pair and pair + 8 of column
+// group; c: columns pair and pair + 1 of rows group (c[0], c[1]) and group + 8 (c[2], c[3]).
+template <typename T>
+__device__ __forceinline__ void multiply_matrices(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
+template <>
+__device__ __forceinline__ void multiply_matrices<__half>(
+    float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1
+) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <>
+__device__ __forceinline__ void multiply_matrices<__nv_bfloat16>(
+    float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1
+) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}

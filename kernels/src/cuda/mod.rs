@@ -1,0 +1,41 @@
+//! The CUDA backend: kernels compiled ahead by nvcc into one fat binary inside this library, started through the
+//! driver alone, which is opened at run time. The same program starts on a machine without one.
+//!
+//! [`Device`] holds a context, the loaded kernels and one stream; [`launch`] has one checked function for each kernel;
+//! a [`Graph`] is a recorded run of them. Deliberately absent: any knowledge of a model, any choice of what runs on
+//! which device, and the CUDA toolkit.
+
+mod cublas;
+mod decode;
+mod device;
+mod error;
+mod gemm;
+mod launch;
+mod memory;
+mod prefill;
+mod upload;
+
+pub use decode::{DecodeCall, DecodeLayer, DecodeScratch};
+pub use device::{Device, DeviceInfo, Event, Graph, list_devices};
+pub use error::CudaError;
+pub use gemm::{Gemm, GemmCall};
+pub use launch::{
+    AttentionCall, AttentionScratch, DeviceLimits, DeviceMatrix, DeviceRows, DownCall, DownScratch, Dtype,
+    GateUpCall, MatvecCall, QkvCall,
+};
+pub use memory::{Buffer, HostBuffer, Mapped, View};
+pub use prefill::{
+    FloatRows, PrefillAttentionCall, PrefillGatedCall, PrefillNormCall, PrefillRopeCall, PrefillSkipCall,
+    rounded_bytes,
+};
+pub use upload::{Mirror, Placement, ReadAt, UploadError};
+
+/// The fat binary, if this library was built with nvcc.
+mod image {
+    include!(concat!(env!("OUT_DIR"), "/cuda_image.rs"));
+}
+
+/// True if the kernels are part of this program.
+pub fn is_built_in() -> bool {
+    image::IMAGE.is_some()
+}

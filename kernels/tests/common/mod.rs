@@ -1,0 +1,86 @@
+//! What the tests of all backends share: seeded values, owned weights, the scale of rounding.
+
+#![allow(dead_code, reason = "each test binary uses its part")]
+
+use half::{bf16, f16};
+use kernels::{Elements, Matrix, reference};
+
+/// Error of a float as a share of the sum of the magnitudes of its terms: the reference adds in f64, a backend in f32
+/// chains of at most a few thousand terms, each of which rounds by 2^-24 of a partial sum that is no larger than that.
+pub(crate) const TOLERANCE: f64 = 4e-6;
+
+/// Seeded values; every fifth is special.
+pub(crate) struct Random(u64);
+
+impl Random {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    pub(crate) fn below(&mut self, n: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 20) % n
+    }
+
+    pub(crate) fn value(&mut self) -> f32 {
+        match self.below(20) {
+            0 => 0.0,
+            1 => -0.0,
+            2 => 3.0,
+            3 => -1e-7,
+            _ => self.below(1 << 20) as f32 / (1 << 19) as f32 - 1.0,
+        }
+    }
+
+    pub(crate) fn values(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.value()).collect()
+    }
+}
+
+/// Owned weights of one of the three types.
+#[derive(Debug)]
+pub(crate) enum Weights {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    Bf16(Vec<bf16>),
+}
+
+impl Weights {
+    pub(crate) fn new(kind: usize, values: &[f32]) -> Self {
+        match kind {
+            0 => Self::F32(values.to_vec()),
+            1 => Self::F16(values.iter().map(|&v| f16::from_f32(v)).collect()),
+            _ => Self::Bf16(values.iter().map(|&v| bf16::from_f32(v)).collect()),
+        }
+    }
+
+    pub(crate) fn elements(&self) -> Elements<'_> {
+        match self {
+            Self::F32(v) => Elements::F32(v),
+            Self::F16(v) => Elements::F16(v),
+            Self::Bf16(v) => Elements::Bf16(v),
+        }
+    }
+
+    pub(crate) fn matrix(&self, n_rows: usize, n_cols: usize) -> Matrix<'_> {
+        Matrix::new(self.elements(), n_rows, n_cols).unwrap()
+    }
+}
+
+/// `sum |w x|` of a row, the scale of its rounding.
+pub(crate) fn magnitude(w: &Matrix<'_>, row: usize, x: &[f32]) -> f64 {
+    (0..w.n_cols).map(|c| f64::from(w.data.get(row * w.n_cols + c) * x[c]).abs()).sum()
+}
+
+/// Sign words of the rows of `w`.
+pub(crate) fn sign_words(w: &Matrix<'_>) -> Vec<u32> {
+    let n_words = w.n_cols.div_ceil(32);
+    let mut words = vec![0; w.n_rows * n_words];
+    for row in 0..w.n_rows {
+        let values: Vec<f32> = (0..w.n_cols).map(|c| w.data.get(row * w.n_cols + c)).collect();
+        reference::sign_pack(&values, &mut words[row * n_words..][..n_words]);
+    }
+    words
+}

@@ -1,0 +1,370 @@
+//! The layers of a model on a CUDA device.
+//!
+//! The file's bytes lie on the device as one image (on integrated GPUs the mapped pages themselves), so that every
+//! weight's address there is its address in the map, moved. [`decode`] runs one token, recorded as a graph, for which
+//! token and position live on the device; [`prompt`] runs batches. Both fill the same cache.
+
+mod decode;
+mod prompt;
+
+use std::thread;
+
+use format_spec::ModelConfig;
+use kernels::cuda::{
+    Buffer, CudaError, Device, DeviceLimits, DeviceMatrix, DeviceRows, Dtype, Gemm, Graph, HostBuffer,
+    Mirror, Placement, UploadError, View,
+};
+use kernels::{Activation, AttentionShape, Elements, Matrix, MlpCounts, Rows, bytes};
+
+use self::decode::Way;
+use self::prompt::Prompt;
+use crate::RuntimeError;
+use crate::engine::{Batch, BatchLogits, Engine, RowChoice};
+use crate::forward::RopeAngles;
+use crate::model::{LayerWeights, Model, Weights};
+use crate::session::{MlpObserver, SessionOptions, Usage};
+
+/// A CUDA device's engine.
+#[derive(Debug)]
+pub(crate) struct CudaEngine<'m> {
+    /// A token, once one was decoded with `rows`. It names the buffers below, so it is dropped first.
+    graph: Option<Graph>,
+    state: ModelState<'m>,
+    prompt: Prompt,
+    rows: Vec<RowChoice>,
+    logits: HostBuffer,
+    /// Rows kept and active so far, for each layer, as the device counts them.
+    counted: Vec<[u64; 2]>,
+}
+
+/// Everything on the device.
+#[derive(Debug)]
+struct ModelState<'m> {
+    device: Device,
+    ordinal: usize,
+    image: Mirror<'m>,
+    weights: Weights<'m>,
+    activation: Activation,
+    eps: f32,
+    shape: AttentionShape,
+    keys_and_values: Vec<[Buffer; 2]>,
+    cos: Buffer,
+    sin: Buffer,
+    /// Limits of rows, one buffer for each layer that has its own; none before a pass needed them.
+    limits: Option<Vec<Option<Buffer>>>,
+    token: Buffer,
+    ids: Buffer,
+    counts: Buffer,
+    logits: Buffer,
+    way: Way,
+}
+
+impl<'m> CudaEngine<'m> {
+    /// The engine of the first device that has room for `model`.
+    pub(crate) fn first_that_fits(model: &'m Model, options: &SessionOptions) -> Option<Self> {
+        if !kernels::cuda::is_built_in() {
+            return None;
+        }
+        let devices = kernels::cuda::list_devices().ok()?;
+        devices.iter().find_map(|device| Self::new(model, device.ordinal, options).ok())
+    }
+
+    /// Opens device `ordinal` and brings `model` to it.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Cuda`]: no device, or too little memory on it. [`RuntimeError::Upload`] when the file
+    /// cannot be read.
+    pub(crate) fn new(
+        model: &'m Model,
+        ordinal: usize,
+        options: &SessionOptions,
+    ) -> Result<Self, RuntimeError> {
+        let device = Device::open(ordinal)?;
+        let config = model.config();
+        let weights = model.weights();
+        let shape = AttentionShape {
+            n_heads: config.num_attention_heads as usize,
+            n_kv_heads: config.num_key_value_heads as usize,
+            head_dim: config.head_dim as usize,
+            n_positions_max: options.n_positions_max,
+        };
+        check_memory(&device, model, &shape, options.n_batch_max)?;
+        let image = upload(&device, model)?;
+        let state = ModelState::new(device, ordinal, image, model, weights, shape)?;
+        let n_layers = state.weights.layers.len();
+        Ok(Self {
+            graph: None,
+            prompt: Prompt::new(&state, config, options)?,
+            rows: vec![RowChoice::All; n_layers],
+            logits: state.device.alloc_host(config.vocab_size as usize * size_of::<f32>())?,
+            counted: vec![[0; 2]; n_layers],
+            state,
+        })
+    }
+
+    /// One token at `position`; its logits stay on the device.
+    fn step(&mut self, token: u32, position: usize) -> Result<(), RuntimeError> {
+        let graph = match &mut self.graph {
+            Some(graph) => graph,
+            None => {
+                self.state.bring_limits(&self.rows)?;
+                let state = &self.state;
+                // SAFETY: the graph is dropped before the buffers of `state`, by the order of fields, and before the
+                // limits of rows, by `set_rows`.
+                self.graph.insert(unsafe { state.device.capture(|| state.token(&self.rows)) }?)
+            }
+        };
+        self.state.device.set_state(self.state.token.view(), token, position)?;
+        Ok(self.state.device.replay(graph)?)
+    }
+
+    /// Waits for the device, with the logits of the last token on the host.
+    fn fetch_logits(&mut self) -> Result<(), RuntimeError> {
+        Ok(self.state.device.read(self.state.logits.view(), self.logits.bytes_mut())?)
+    }
+
+    /// Rows kept and active since the last call, for each layer.
+    fn take_counts(&mut self) -> Result<Vec<MlpCounts>, RuntimeError> {
+        let before = self.counted.clone();
+        self.state.device.read(self.state.counts.view(), &mut self.counted)?;
+        let since = |(now, before): (&[u64; 2], &[u64; 2])| MlpCounts {
+            n_kept: (now[0] - before[0]) as usize,
+            n_active: (now[1] - before[1]) as usize,
+        };
+        Ok(self.counted.iter().zip(&before).map(since).collect())
+    }
+}
+
+impl<'m> ModelState<'m> {
+    fn new(
+        device: Device,
+        ordinal: usize,
+        image: Mirror<'m>,
+        model: &Model,
+        weights: Weights<'m>,
+        shape: AttentionShape,
+    ) -> Result<Self, RuntimeError> {
+        let config = model.config();
+        let dtype = Dtype::of(&weights.embedding.data);
+        let n_cached = shape.n_kv_heads * shape.n_positions_max * shape.head_dim * dtype.cache().n_bytes();
+        let n_layers = weights.layers.len();
+        let keys_and_values = (0..n_layers)
+            .map(|_| Ok([device.alloc(n_cached)?, device.alloc(n_cached)?]))
+            .collect::<Result<_, CudaError>>()?;
+        let (cos, sin) = angles(config, shape.n_positions_max);
+        let way = Way::new(&device, &shape, &weights, config.intermediate_size as usize)?;
+        Ok(Self {
+            ordinal,
+            image,
+            activation: model.activation(),
+            eps: config.rms_norm_eps,
+            shape,
+            keys_and_values,
+            cos: device.upload(&cos)?,
+            sin: device.upload(&sin)?,
+            limits: None,
+            token: device.alloc(8)?,
+            ids: device.alloc(shape.n_positions_max * size_of::<u32>())?,
+            counts: device.alloc(n_layers * 16)?,
+            logits: device.alloc(config.vocab_size as usize * size_of::<f32>())?,
+            way,
+            weights,
+            device,
+        })
+    }
+
+    /// Brings the limits of the rows that have their own to the device, unless they are there.
+    fn bring_limits(&mut self, rows: &[RowChoice]) -> Result<(), CudaError> {
+        if self.limits.is_none() {
+            let of_layer = |rows: &RowChoice| match rows {
+                RowChoice::RowLimits(limits) => self.device.upload(limits).map(Some),
+                RowChoice::All
+                | RowChoice::Active
+                | RowChoice::Limit(_)
+                | RowChoice::Threshold(_)
+                | RowChoice::RowThresholds(_) => Ok(None),
+            };
+            self.limits = Some(rows.iter().map(of_layer).collect::<Result<_, _>>()?);
+        }
+        Ok(())
+    }
+
+    fn floats(&self, values: &[f32]) -> View<'_> {
+        self.image.view(values)
+    }
+
+    fn matrix(&self, w: &Matrix<'_>) -> Result<DeviceMatrix<'_>, CudaError> {
+        DeviceMatrix::new(self.image.view(element_bytes(&w.data)), Dtype::of(&w.data), w.n_rows, w.n_cols)
+    }
+
+    /// The rows of `layer` that `choice` selects.
+    fn rows(&self, layer: usize, choice: &RowChoice) -> DeviceRows<'_> {
+        let predicted = |limits| {
+            let signs = self.weights.layers[layer]
+                .signs()
+                .expect("the reader checked that a layer with limits has signs");
+            DeviceRows::Predicted { signs: self.image.view(signs.words), limits }
+        };
+        match choice {
+            RowChoice::All => DeviceRows::All,
+            // No kernel scores rows: the session asks `has_scores` first.
+            RowChoice::Active | RowChoice::Threshold(_) | RowChoice::RowThresholds(_) => DeviceRows::Active,
+            RowChoice::Limit(limit) => predicted(DeviceLimits::Layer(*limit)),
+            RowChoice::RowLimits(_) => {
+                let limits = self.limits.as_ref().and_then(|limits| limits[layer].as_ref());
+                predicted(DeviceLimits::PerRow(limits.expect("bring_limits comes first").view()))
+            }
+        }
+    }
+
+    /// Bytes that `layer` needed of its MLP for a token.
+    fn mlp_bytes(&self, layer: usize, rows: &RowChoice, counts: &MlpCounts) -> u64 {
+        let w = &self.weights.layers[layer];
+        match rows {
+            RowChoice::All => bytes::mlp(&w.mlp, &Rows::All, counts),
+            RowChoice::Active | RowChoice::Threshold(_) | RowChoice::RowThresholds(_) => {
+                bytes::mlp(&w.mlp, &Rows::Active, counts)
+            }
+            RowChoice::Limit(_) | RowChoice::RowLimits(_) => {
+                let signs = w.signs().map_or(0, |signs| size_of_val(signs.words) as u64);
+                let limits = match rows {
+                    RowChoice::RowLimits(limits) => size_of_val(limits.as_slice()) as u64,
+                    _ => 0,
+                };
+                let kept = bytes::matrix(&Matrix { n_rows: counts.n_kept, ..w.mlp.gate });
+                let up = bytes::matrix(&Matrix { n_rows: counts.n_active, ..w.mlp.up });
+                let down = bytes::matrix(&Matrix { n_rows: counts.n_active, ..w.mlp.down_t });
+                signs + limits + kept + up + down
+            }
+        }
+    }
+}
+
+impl Engine for CudaEngine<'_> {
+    fn n_batch(&self) -> usize {
+        self.prompt.n_batch_max()
+    }
+
+    fn describe(&self) -> String {
+        format!("cuda:{} ({})", self.state.ordinal, self.state.device.info().name)
+    }
+
+    fn has_scores(&self) -> bool {
+        false
+    }
+
+    fn set_rows(&mut self, rows: Vec<RowChoice>) {
+        self.graph = None;
+        self.state.limits = None;
+        self.rows = rows;
+    }
+
+    fn decode(&mut self, token: u32, position: usize, usage: &mut Usage) -> Result<(), RuntimeError> {
+        self.step(token, position)?;
+        self.fetch_logits()?;
+        let counts = self.take_counts()?;
+        let state = &self.state;
+        let cache = Dtype::of(&state.weights.embedding.data).cache().n_bytes();
+        let kv_bytes = bytes::kv(&state.shape, cache, position + 1);
+        for (layer, (w, counts)) in state.weights.layers.iter().zip(&counts).enumerate() {
+            usage.n_bytes +=
+                attention_bytes(w) + kv_bytes + state.mlp_bytes(layer, &self.rows[layer], counts);
+            usage.layers[layer].n_kept += counts.n_kept as u64;
+            usage.layers[layer].n_active += counts.n_active as u64;
+        }
+        usage.n_bytes += bytes::matrix(&state.weights.lm_head);
+        usage.n_tokens += 1;
+        Ok(())
+    }
+
+    fn forward_batch(
+        &mut self,
+        batch: Batch<'_>,
+        observer: Option<&mut dyn MlpObserver>,
+    ) -> Result<(), RuntimeError> {
+        if batch.tokens.is_empty() {
+            return Ok(());
+        }
+        if batch.masked {
+            self.state.bring_limits(&self.rows)?;
+        }
+        let wants_last = matches!(batch.logits, BatchLogits::Last);
+        self.prompt.run(&self.state, &self.rows, batch, observer)?;
+        if wants_last { self.fetch_logits() } else { Ok(()) }
+    }
+
+    fn logits(&self) -> &[f32] {
+        bytemuck::cast_slice(self.logits.bytes())
+    }
+
+    fn measure_read_gb_per_s(&self) -> f64 {
+        self.state.device.measure_read_gb_per_s().unwrap_or(f64::NAN)
+    }
+}
+
+/// That weights, cache and the buffers of prompts fit the device's free memory, before anything is copied.
+fn check_memory(
+    device: &Device,
+    model: &Model,
+    shape: &AttentionShape,
+    n_batch_max: usize,
+) -> Result<(), CudaError> {
+    let config = model.config();
+    let cache = Dtype::of(&model.weights().embedding.data).cache().n_bytes();
+    let cached = 2
+        * config.num_hidden_layers as usize
+        * shape.n_kv_heads
+        * shape.n_positions_max
+        * shape.head_dim
+        * cache;
+    let is_copied = !device.info().integrated && placement() != Some(Placement::InPlace);
+    let image = if is_copied { model.bytes().len() } else { 0 };
+    let wanted_bytes = image + cached + prompt::Sizes::new(config, shape, n_batch_max).n_bytes();
+    let (free_bytes, total_bytes) = device.memory_bytes()?;
+    if wanted_bytes > free_bytes {
+        return Err(CudaError::OutOfMemory { wanted_bytes, free_bytes, total_bytes });
+    }
+    Ok(())
+}
+
+/// What `SINF_CUDA_MAP=1` asks for: the file's pages in place, to test that on a device with memory of its own.
+fn placement() -> Option<Placement> {
+    std::env::var("SINF_CUDA_MAP").is_ok_and(|value| value == "1").then_some(Placement::InPlace)
+}
+
+/// The bytes of the file on the device; the library for products is opened meanwhile.
+fn upload<'m>(device: &Device, model: &'m Model) -> Result<Mirror<'m>, RuntimeError> {
+    let read = |offset: usize, buffer: &mut [u8]| model.read_at(offset, buffer);
+    thread::scope(|scope| {
+        scope.spawn(Gemm::preload);
+        Mirror::new(device, model.bytes(), &read, placement(), &mut |_| {})
+    })
+    .map_err(|error| match error {
+        UploadError::Cuda(error) => error.into(),
+        source => RuntimeError::Upload { path: model.path().to_owned(), source },
+    })
+}
+
+/// `cos` and `sin` of all positions, `(n_positions, head_dim / 2)` each.
+fn angles(config: &ModelConfig, n_positions: usize) -> (Vec<f32>, Vec<f32>) {
+    let rope = RopeAngles::new(config);
+    let half = config.head_dim as usize / 2;
+    let (mut cos, mut sin) = (vec![0.0; n_positions * half], vec![0.0; n_positions * half]);
+    for (position, (cos, sin)) in cos.chunks_exact_mut(half).zip(sin.chunks_exact_mut(half)).enumerate() {
+        rope.fill(position, cos, sin);
+    }
+    (cos, sin)
+}
+
+/// Bytes of the projections around attention.
+fn attention_bytes(w: &LayerWeights<'_>) -> u64 {
+    [&w.w_q, &w.w_k, &w.w_v, &w.w_o].map(bytes::matrix).iter().sum()
+}
+
+fn element_bytes<'a>(elements: &Elements<'a>) -> &'a [u8] {
+    match elements {
+        Elements::F32(v) => bytemuck::cast_slice(v),
+        Elements::F16(v) => bytemuck::cast_slice(v),
+        Elements::Bf16(v) => bytemuck::cast_slice(v),
+    }
+}
