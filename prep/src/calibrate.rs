@@ -49,7 +49,7 @@ pub struct CalibrationOptions {
     pub n_tokens: u32,
     /// How much may be missed.
     pub target: Target,
-    /// The kind of every layer; `None` chooses for each.
+    /// The kind of every layer where it saves bytes; `None` chooses for each.
     pub kind: Option<Kind>,
 }
 
@@ -69,9 +69,9 @@ impl CalibrationOptions {
     pub const DEFAULT: &Self =
         &Self { text: None, n_tokens: 10_240, target: Target::Divergence(0.001), kind: None };
 
-    /// The kinds that a layer may take.
+    /// The kinds that a layer may take; one that reads more than it saves is left out in favour of none.
     fn kinds(&self) -> Vec<Kind> {
-        self.kind.map_or_else(|| Kind::ALL.to_vec(), |kind| vec![kind])
+        self.kind.map_or_else(|| Kind::ALL.to_vec(), |kind| vec![kind, Kind::Exact])
     }
 }
 

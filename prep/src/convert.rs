@@ -386,7 +386,8 @@ mod tests {
         let text = folder.path().join("text.txt");
         std::fs::write(&text, "It was the best of times, it was the worst of times.\n".repeat(40))
             .expect("written");
-        let calibration = CalibrationOptions { text: Some(text), n_tokens: 700, target_missed_energy: 0.02 };
+        let target = Target::MissedEnergy(0.02);
+        let calibration = CalibrationOptions { text: Some(text), n_tokens: 700, target, kind: None };
         let options = options(Some(Predictor::Calibrated(calibration)));
         let out = folder.path().join("out.sinf");
         let report = convert(&bundled(), &out, &options, &Progress::silent()).expect("converted");
@@ -397,17 +398,24 @@ mod tests {
         let model = Model::open(&out).expect("valid");
         let curves = model.layout().calibration_curves(model.bytes()).expect("valid").expect("there");
         assert_eq!((model.layout().predictors().len(), curves.len()), (8, 8));
-        for (record, curve) in model.layout().predictors().iter().zip(&curves) {
-            assert_eq!((record.kind, u64::from(record.n_tokens)), (PredictorKind::Sign, n_tokens));
-            assert!(record.missed_energy <= 0.02 && record.rows_active < record.rows_kept, "{record:?}");
-            assert_eq!(limit_from_alpha(f64::from(record.alpha), 256), record.limit);
+        for (layer, (record, curve)) in (0..).zip(model.layout().predictors().iter().zip(&curves)) {
+            assert!(record.kind.has_score(), "signs alone read more: {record:?}");
             let at =
-                curve.iter().position(|point| point.limit == record.limit).expect("the chosen point is kept");
-            assert_eq!(curve[at].missed_energy, record.missed_energy);
-            // The next smaller limit misses too much.
-            assert!(curve[at - 1].missed_energy > 0.02, "{curve:?}");
-            assert!(curve.is_sorted_by(|a, b| a.limit < b.limit && a.rows_kept <= b.rows_kept));
+                curve.iter().position(|point| point.limit == record.threshold).expect("the chosen point");
+            assert!(curve[at].missed_energy <= 0.02, "{curve:?}");
+            // On the other half, which repeats the same sentence.
+            assert!(record.missed_energy <= 0.04 && record.recall > 0.5, "{record:?}");
+            assert!(curve.is_sorted_by(|a, b| a.limit > b.limit && a.rows_kept <= b.rows_kept));
+            let planes = model.layout().find(SectionKind::GatePlanes, Some(layer));
+            let n_low = planes.map_or(0, |section| section.shape.dims()[0]);
+            assert_eq!(1 + n_low, u64::from(record.kind.n_planes()));
         }
+        let budget = model.layout().budget_curve(model.bytes()).expect("valid").expect("there");
+        assert!(budget.is_sorted_by(|a, b| a.mlp_bytes >= b.mlp_bytes) && budget.len() > 2, "{budget:?}");
+        let own: Vec<f32> = model.layout().predictors().iter().map(|record| record.threshold).collect();
+        let point = budget.iter().find(|point| point.limits == own).expect("the records' own point");
+        let quality = report.quality.expect("measured");
+        assert_eq!((point.kl, point.mlp_bytes), (quality.kl_mean as f32, quality.mlp_bytes as f32));
         let provenance = model.layout().provenance(model.bytes()).expect("valid").expect("there");
         let names: Vec<_> = provenance.source_files.iter().map(|file| file.name.as_str()).collect();
         let expected = ["config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.json"];
@@ -420,19 +428,42 @@ mod tests {
     #[test]
     fn layers_that_would_read_more_are_not_predicted() {
         let folder = tempfile::tempdir().expect("a scratch folder");
-        let calibration =
-            CalibrationOptions { target_missed_energy: 0.0, ..CalibrationOptions::DEFAULT.clone() };
+        let calibration = CalibrationOptions {
+            n_tokens: 2048,
+            target: Target::MissedEnergy(0.0),
+            kind: Some(Kind::Sign),
+            ..CalibrationOptions::DEFAULT.clone()
+        };
         let options = options(Some(Predictor::Calibrated(calibration)));
         let out = folder.path().join("out.sinf");
         let report = convert(&bundled(), &out, &options, &Progress::silent()).expect("converted");
         let off = report.predictors.iter().filter(|row| row.kind == "exact").count();
         assert!(off > 0, "{:?}", report.predictors);
         for row in &report.predictors {
-            assert_eq!(row.missed_energy, Some(0.0));
-            // Sign words take a sixteenth of f16 rows.
+            assert!(["exact", "sign"].contains(&row.kind), "{row:?}");
             assert_eq!(row.kind == "exact", row.rows_kept == Some(1.0), "{row:?}");
-            assert!(row.kind == "exact" || row.rows_kept < Some(1.0 - 1.0 / 16.0), "{row:?}");
         }
+    }
+
+    /// The divergence on text that nothing was chosen by is near the one asked for, and a larger one reads less.
+    #[test]
+    fn a_budget_of_divergence_is_kept() {
+        let folder = tempfile::tempdir().expect("a scratch folder");
+        let out = folder.path().join("out.sinf");
+        let mut bytes = Vec::new();
+        for target in [0.003, 0.03] {
+            let calibration = CalibrationOptions {
+                n_tokens: 5120,
+                target: Target::Divergence(target),
+                ..CalibrationOptions::DEFAULT.clone()
+            };
+            let options = ConvertOptions { force: true, ..options(Some(Predictor::Calibrated(calibration))) };
+            let report = convert(&bundled(), &out, &options, &Progress::silent()).expect("converted");
+            let quality = report.quality.expect("measured");
+            assert!((0.6..1.6).contains(&(quality.kl_mean / target)), "{quality:?}");
+            bytes.push(quality.mlp_bytes);
+        }
+        assert!(bytes[1] < bytes[0] && bytes[0] < 0.5, "{bytes:?}");
     }
 
     #[test]
@@ -442,7 +473,7 @@ mod tests {
         convert(&bundled(), &out, &options(Some(Predictor::Exact)), &Progress::silent()).expect("converted");
         let model = Model::open(&out).expect("valid");
         assert!(model.layout().predictors().iter().all(|record| record.kind == PredictorKind::Off));
-        assert!(model.layout().find(format_spec::SectionKind::GateSigns, Some(0)).is_none());
+        assert!(model.layout().find(SectionKind::GateSigns, Some(0)).is_none());
     }
 
     #[test]

@@ -375,6 +375,7 @@ mod tests {
         writer.seal(&Tail {
             predictors: &predictors,
             curves: None,
+            budget: None,
             tokenizer: &tokenizer,
             provenance: None,
         })?;

@@ -174,9 +174,8 @@ impl<'m> Session<'m> {
         let mut rows: Vec<RowChoice> = (0..n_layers).map(choice).collect();
         self.n_not_scored = 0;
         if !self.engine.has_scores() {
-            let is_scored = |rows: &RowChoice| {
-                matches!(rows, RowChoice::Threshold(_) | RowChoice::RowThresholds(_))
-            };
+            let is_scored =
+                |rows: &RowChoice| matches!(rows, RowChoice::Threshold(_) | RowChoice::RowThresholds(_));
             for rows in rows.iter_mut().filter(|rows| is_scored(rows)) {
                 *rows = RowChoice::Active;
                 self.n_not_scored += 1;

@@ -108,7 +108,8 @@ pub(super) unsafe fn scores<L: Scores>(
 /// True if a row of this score is computed. A threshold that is no number at this scale keeps it.
 #[inline(always)]
 pub(super) fn is_kept(score: i32, threshold: f32, scale: f32) -> bool {
-    !((score as f32) < threshold * scale)
+    let least = threshold * scale;
+    score as f32 >= least || least.is_nan()
 }
 
 impl Scores for Portable {
@@ -149,7 +150,7 @@ static BYTE_MASKS: [[i8; 8]; 256] = {
     let mut masks = [[0; 8]; 256];
     let mut i = 0;
     while i < 256 * 8 {
-        masks[i / 8][i % 8] = -((i / 8 >> (i % 8) & 1) as i8);
+        masks[i / 8][i % 8] = -(((i / 8) >> (i % 8) & 1) as i8);
         i += 1;
     }
     masks
