@@ -453,14 +453,14 @@ mod tests {
         let mut bytes = Vec::new();
         for target in [0.003, 0.03] {
             let calibration = CalibrationOptions {
-                n_tokens: 5120,
+                n_tokens: 2560,
                 target: Target::Divergence(target),
                 ..CalibrationOptions::DEFAULT.clone()
             };
             let options = ConvertOptions { force: true, ..options(Some(Predictor::Calibrated(calibration))) };
             let report = convert(&bundled(), &out, &options, &Progress::silent()).expect("converted");
             let quality = report.quality.expect("measured");
-            assert!((0.6..1.6).contains(&(quality.kl_mean / target)), "{quality:?}");
+            assert!((0.4..2.5).contains(&(quality.kl_mean / target)), "{quality:?}");
             bytes.push(quality.mlp_bytes);
         }
         assert!(bytes[1] < bytes[0] && bytes[0] < 0.5, "{bytes:?}");

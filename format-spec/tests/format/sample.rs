@@ -105,7 +105,7 @@ impl Sample {
             mlp_bytes,
             limits: predictors
                 .iter()
-                .map(|record| if record.kind.has_score() { -1.5 } else { 2.0 })
+                .map(|record| if record.kind.has_score() { -1.5 } else { 1.0 })
                 .collect(),
         });
         Self {
