@@ -1,6 +1,6 @@
 //! Maths of a Llama layer with a row-sparse MLP, on slices and shapes.
 //!
-//! [`reference`] is the scalar truth; [`cpu`] and [`cuda`] are the backends that run. Nothing here knows a file, a flag or a model.
+//! [`mod@reference`] is the scalar truth; [`cpu`] and [`cuda`] are the backends that run. Nothing here knows a file, a flag or a model.
 //! Deliberately absent: I/O, allocation inside a decode step, and any choice of model.
 
 pub mod bytes;

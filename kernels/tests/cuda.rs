@@ -23,7 +23,6 @@ use proptest::prelude::*;
 
 const EPS: f32 = 1e-5;
 
-#[expect(clippy::print_stderr, reason = "the log has to say which device ran the tests")]
 static DEVICE: LazyLock<Mutex<Device>> = LazyLock::new(|| {
     let device = Device::open(0).unwrap_or_else(|error| panic!("these tests need a GPU: {error}"));
     eprintln!("{:?}, overlap {}", device.info(), device.overlaps());

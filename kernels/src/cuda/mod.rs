@@ -1,7 +1,7 @@
 //! The CUDA backend: kernels compiled ahead by nvcc into one fat binary inside this library, started through the
 //! driver alone, which is opened at run time. The same program starts on a machine without one.
 //!
-//! [`Device`] holds a context, the loaded kernels and one stream; [`launch`] has one checked function for each kernel;
+//! [`Device`] holds a context, the loaded kernels and one stream; `launch` has one checked function for each kernel;
 //! a [`Graph`] is a recorded run of them. Deliberately absent: any knowledge of a model, any choice of what runs on
 //! which device, and the CUDA toolkit.
 
