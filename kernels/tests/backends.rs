@@ -6,7 +6,7 @@
 
 mod common;
 
-use common::{Random, TOLERANCE, Weights, magnitude, sign_words};
+use common::{Random, TOLERANCE, Weights, magnitude, rows_of, sign_words};
 use kernels::{
     Activation, AttentionScratch, AttentionShape, BitPlanes, Cpu, Elements, Isa, Limits, Matrix, Matvec,
     MlpCounts, MlpScratch, MlpWeights, Rows, SignMatrix, Thresholds, reference,
@@ -119,17 +119,11 @@ proptest! {
         let per_row: Vec<u32> = (0..n_rows).map(|_| random.below(n_cols as u64 + 1) as u32).collect();
         let low = low_planes(&mut random, 1 + select % 3, n_rows, n_cols);
         let thresholds: Vec<f32> = random.values(n_rows).iter().map(|v| v * n_cols as f32 / 8.0).collect();
+        let scored = |thresholds| Rows::Scored { planes: BitPlanes { signs, low: &low }, thresholds };
         let rows = match select {
-            0 => Rows::All,
-            1 => Rows::Active,
-            2 => Rows::Predicted { signs, limits: Limits::Layer(n_cols as u32 / 2) },
-            3 => Rows::Predicted { signs, limits: Limits::PerRow(&per_row) },
-            4 => Rows::Predicted { signs, limits: Limits::Layer(n_cols as u32) },
-            5 => Rows::Scored { planes: BitPlanes { signs, low: &low }, thresholds: Thresholds::PerRow(&thresholds) },
-            _ => {
-                let threshold = [0.0, -0.3, f32::NEG_INFINITY][select - 6];
-                Rows::Scored { planes: BitPlanes { signs, low: &low }, thresholds: Thresholds::Layer(threshold) }
-            }
+            0..=4 => rows_of(select, signs, &per_row, n_cols),
+            5 => scored(Thresholds::PerRow(&thresholds)),
+            _ => scored(Thresholds::Layer([0.0, -0.3, f32::NEG_INFINITY][select - 6])),
         };
         let activation = [Activation::Relu, Activation::FatRelu(0.3), Activation::Silu][activation];
 

@@ -10,7 +10,7 @@ mod common;
 
 use std::sync::{LazyLock, Mutex, MutexGuard};
 
-use common::{Random, TOLERANCE, Weights, magnitude, sign_words};
+use common::{Random, TOLERANCE, Weights, magnitude, rows_of, sign_words};
 use half::f16;
 use kernels::cuda::{
     AttentionCall, Buffer, CudaError, DecodeCall, DecodeLayer, Device, DeviceLimits, DeviceMatrix,
@@ -318,13 +318,7 @@ proptest! {
         let words = sign_words(&gate);
         let signs = SignMatrix { words: &words, n_rows, n_words: n_cols.div_ceil(32) };
         let per_row: Vec<u32> = (0..n_rows).map(|_| random.below(n_cols as u64 + 1) as u32).collect();
-        let rows = match select {
-            0 => Rows::All,
-            1 => Rows::Active,
-            2 => Rows::Predicted { signs, limits: Limits::Layer(n_cols as u32 / 2) },
-            3 => Rows::Predicted { signs, limits: Limits::PerRow(&per_row) },
-            _ => Rows::Predicted { signs, limits: Limits::Layer(n_cols as u32) },
-        };
+        let rows = rows_of(select, signs, &per_row, n_cols);
         let activation = [Activation::Relu, Activation::FatRelu(0.3), Activation::Silu][activation];
 
         // A gate at the edge of its activation may round to either side of it: such rows are turned away from it.

@@ -3,7 +3,7 @@
 #![allow(dead_code, reason = "each test binary uses its part")]
 
 use half::{bf16, f16};
-use kernels::{Elements, Matrix, reference};
+use kernels::{Elements, Limits, Matrix, Rows, SignMatrix, reference};
 
 /// Error of a float as a share of the sum of the magnitudes of its terms: the reference adds in f64, a backend in f32
 /// chains of at most a few thousand terms, each of which rounds by 2^-24 of a partial sum that is no larger than that.
@@ -83,4 +83,20 @@ pub(crate) fn sign_words(w: &Matrix<'_>) -> Vec<u32> {
         reference::sign_pack(&values, &mut words[row * n_words..][..n_words]);
     }
     words
+}
+
+/// Every way to choose rows: all, the active ones, those below one limit or a limit each, and a limit that skips none.
+pub(crate) fn rows_of<'a>(
+    select: usize,
+    signs: SignMatrix<'a>,
+    per_row: &'a [u32],
+    n_cols: usize,
+) -> Rows<'a> {
+    match select {
+        0 => Rows::All,
+        1 => Rows::Active,
+        2 => Rows::Predicted { signs, limits: Limits::Layer(n_cols as u32 / 2) },
+        3 => Rows::Predicted { signs, limits: Limits::PerRow(per_row) },
+        _ => Rows::Predicted { signs, limits: Limits::Layer(n_cols as u32) },
+    }
 }
