@@ -2,7 +2,7 @@
 //!
 //! Vectors (activations, outputs) stay in cache from one operation to the next and are not counted.
 
-use crate::{AttentionShape, Limits, Matrix, MlpCounts, MlpWeights, Rows, Thresholds};
+use crate::{AttentionShape, Limits, Matrix, MlpAudit, MlpCounts, MlpWeights, Rows, Thresholds};
 
 /// All of `w`: a product with it, the lm_head among them.
 pub fn matrix(w: &Matrix<'_>) -> u64 {
@@ -19,6 +19,11 @@ pub fn mlp(w: &MlpWeights<'_>, rows: &Rows<'_>, counts: &MlpCounts) -> u64 {
             predictor(rows) + self::rows(&w.gate, counts.n_kept) + active
         }
     }
+}
+
+/// What an audit of an MLP call reads of `w` beside what the call itself reads.
+pub fn audit(w: &MlpWeights<'_>, audit: &MlpAudit) -> u64 {
+    rows(&w.gate, audit.n_skipped) + rows(&w.up, audit.n_missed) + rows(&w.down_t, audit.n_missed)
 }
 
 /// What choosing the rows reads.
@@ -81,6 +86,8 @@ mod tests {
         assert_eq!(mlp(&w, &layer, &counts), 3 * 56 + 5 * 80 + 3 * (80 + 160));
         let per_row = Rows::Scored { planes, thresholds: Thresholds::PerRow(&[0.0; 7]) };
         assert_eq!(predictor(&per_row), 28 + 3 * 56);
+        let found = MlpAudit { n_skipped: 2, n_missed: 1, ..MlpAudit::default() };
+        assert_eq!(audit(&w, &found), 2 * 80 + 80 + 160);
     }
 
     #[test]

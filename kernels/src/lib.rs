@@ -11,6 +11,6 @@ pub mod shape;
 
 pub use cpu::{AttentionScratch, Cpu, Isa, MlpScratch};
 pub use shape::{
-    Activation, AttentionShape, BitPlanes, Elements, Limits, Matrix, Matvec, MlpCounts, MlpWeights,
+    Activation, AttentionShape, BitPlanes, Elements, Limits, Matrix, Matvec, MlpAudit, MlpCounts, MlpWeights,
     PLANES_MAX, Rows, ShapeError, SignMatrix, Thresholds,
 };

@@ -3,8 +3,8 @@
 //! Sums run in f64 so that the reference is closer to the exact result than any backend.
 
 use crate::{
-    Activation, AttentionShape, BitPlanes, Elements, Limits, Matrix, MlpCounts, MlpWeights, Rows, SignMatrix,
-    Thresholds,
+    Activation, AttentionShape, BitPlanes, Elements, Limits, Matrix, MlpAudit, MlpCounts, MlpWeights, Rows,
+    SignMatrix, Thresholds,
 };
 
 /// `sum_c w[row, c] * x[c]`.
@@ -155,15 +155,9 @@ pub fn predict_scores(
     }
 }
 
-/// `h[i] = skip(i) ? 0 : act(w_gate[i] . x) * (w_up[i] . x)`; returns the rows read.
-pub fn gate_up(
-    w: &MlpWeights<'_>,
-    rows: &Rows<'_>,
-    activation: Activation,
-    x: &[f32],
-    h: &mut [f32],
-) -> MlpCounts {
-    let mut skip = vec![false; w.gate.n_rows];
+/// `skip[row]` of what `rows` predicts for `x`; nothing is skipped without a prediction.
+pub fn skipped(rows: &Rows<'_>, n_rows: usize, x: &[f32]) -> Vec<bool> {
+    let mut skip = vec![false; n_rows];
     match rows {
         Rows::All | Rows::Active => {}
         Rows::Predicted { signs, limits } => {
@@ -177,6 +171,18 @@ pub fn gate_up(
             predict_scores(planes, thresholds, &q, scale, &mut skip);
         }
     }
+    skip
+}
+
+/// `h[i] = skip(i) ? 0 : act(w_gate[i] . x) * (w_up[i] . x)`; returns the rows read.
+pub fn gate_up(
+    w: &MlpWeights<'_>,
+    rows: &Rows<'_>,
+    activation: Activation,
+    x: &[f32],
+    h: &mut [f32],
+) -> MlpCounts {
+    let skip = skipped(rows, w.gate.n_rows, x);
     let mut counts = MlpCounts::default();
     for (row, h) in h.iter_mut().enumerate() {
         *h = 0.0;
@@ -191,6 +197,35 @@ pub fn gate_up(
         }
     }
     counts
+}
+
+/// What [`gate_up`] and [`down`] with the same arguments miss among the rows of `sample`:
+/// `energy(i) = (act(w_gate[i] . x) * (w_up[i] . x))^2 * |w_down_t[i]|^2`.
+pub fn audit(
+    w: &MlpWeights<'_>,
+    rows: &Rows<'_>,
+    activation: Activation,
+    x: &[f32],
+    sample: &[u32],
+) -> MlpAudit {
+    let skip = skipped(rows, w.gate.n_rows, x);
+    let gate = |row| activation.apply(dot(&w.gate, row, x) as f32);
+    let energy = |row: usize| {
+        let h = f64::from(gate(row)) * dot(&w.up, row, x);
+        let n_cols = w.down_t.n_cols;
+        let norm: f64 = (0..n_cols).map(|col| f64::from(w.down_t.data.get(row * n_cols + col)).powi(2)).sum();
+        h * h * norm
+    };
+    let mut audit = MlpAudit {
+        kept_energy: (0..w.gate.n_rows).filter(|&row| !skip[row]).map(energy).sum(),
+        ..MlpAudit::default()
+    };
+    for row in sample.iter().map(|&row| row as usize).filter(|&row| skip[row]) {
+        audit.n_skipped += 1;
+        audit.n_missed += usize::from(gate(row) != 0.0);
+        audit.missed_energy += energy(row);
+    }
+    audit
 }
 
 /// `y += sum_i h[i] * w_down_t[i]`.

@@ -220,6 +220,20 @@ pub struct MlpCounts {
     pub n_active: usize,
 }
 
+/// What an MLP call missed among the rows of a sample. The energy of row i is `(h_i |w_down_t[i]|)^2`, with `h` as
+/// if nothing were left out: what the row adds to the output, squared.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct MlpAudit {
+    /// Rows of the sample that the call left out.
+    pub n_skipped: usize,
+    /// Those of them whose activation is not zero.
+    pub n_missed: usize,
+    /// Their energy.
+    pub missed_energy: f64,
+    /// Energy of all rows that the call kept, in the sample or not.
+    pub kept_energy: f64,
+}
+
 /// One matrix-vector product: `y = W x`, or `y += W x`.
 #[derive(Debug)]
 pub struct Matvec<'a> {

@@ -156,8 +156,44 @@ proptest! {
             let mut again = vec![0.5; n_cols];
             cpu.mlp(&w, &rows, activation, &x, &mut scratch, &mut again).unwrap();
             assert_eq!(y, again);
+            let mut audited = vec![0.5; n_cols];
+            let found = cpu.mlp_audited(&w, &rows, activation, &x, &[], &mut scratch, &mut audited).unwrap();
+            assert_eq!(found.0, counts, "{}", cpu.isa());
+            assert_eq!(y, audited, "{}: an audit changes the result", cpu.isa());
             y
         });
+
+        // One row in so many, and of the energies the sums: relative to the sum of magnitudes, squared.
+        let one_in = 1 + random.below(4) as usize;
+        let first = random.below(one_in as u64) as u32;
+        let sample: Vec<u32> = (first..n_rows as u32).step_by(one_in).collect();
+        let audit = reference::audit(&w, &rows, activation, &x, &sample);
+        let skip = reference::skipped(&rows, n_rows, &x);
+        let bound = |row: usize| {
+            let norm: f64 = (0..n_cols).map(|c| f64::from(down_t.data.get(row * n_cols + c)).powi(2)).sum();
+            (magnitude(&gate, row, &x) * magnitude(&up, row, &x)).powi(2) * norm
+        };
+        let missed: f64 = sample.iter().map(|&row| row as usize).filter(|&row| skip[row]).map(bound).sum();
+        let kept: f64 = (0..n_rows).filter(|&row| !skip[row]).map(bound).sum();
+        for cpus in CPUS.iter() {
+            let of = |cpu: &Cpu| {
+                let (mut scratch, mut y) = (MlpScratch::new(n_rows, n_cols), vec![0.5; n_cols]);
+                cpu.mlp_audited(&w, &rows, activation, &x, &sample, &mut scratch, &mut y).unwrap().1
+            };
+            let found = of(&cpus[0]);
+            let name = cpus[0].isa();
+            prop_assert_eq!((found.n_skipped, found.n_missed), (audit.n_skipped, audit.n_missed), "{}", name);
+            for (found, want, bound) in [
+                (found.missed_energy, audit.missed_energy, missed),
+                (found.kept_energy, audit.kept_energy, kept),
+            ] {
+                let error = (found - want).abs();
+                prop_assert!(error <= 6.0 * TOLERANCE * bound + 1e-30, "{}: {} for {}", name, found, want);
+            }
+            for cpu in &cpus[1..] {
+                prop_assert_eq!(of(cpu), found, "{}: {} threads", name, cpu.n_threads());
+            }
+        }
     }
 
     #[test]
@@ -412,6 +448,14 @@ fn lengths_that_do_not_fit_are_errors() {
     assert_eq!(error(mlp(weights, rows, 4, &mut y)), "words of lower planes: expected 4, found 5");
     let rows = scored(&[0; 12], Thresholds::Layer(0.0));
     assert_eq!(error(mlp(weights, rows, 4, &mut y)), "bit planes: expected 3, found 4");
+    let audited = |sample: &[u32], y: &mut [f32]| {
+        let (x, mut scratch) = ([0.0; 3], MlpScratch::new(4, 3));
+        let found = cpu.mlp_audited(&weights, &Rows::All, Activation::Relu, &x, sample, &mut scratch, y);
+        found.map(|_| ())
+    };
+    assert_eq!(error(audited(&[0, 2, 2], &mut y)), "ascending rows of a sample: expected 2, found 1");
+    assert_eq!(error(audited(&[1, 4], &mut y)), "rows of a sample: expected 3, found 4");
+    assert_eq!(error(audited(&[1], &mut [0.0; 2])), "mlp output: expected 3, found 2");
 }
 
 /// The range of a score: every weight at its largest with the sign of x, which is at its largest too.

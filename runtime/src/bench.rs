@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::sampler::{Sampler, SamplerOptions};
 use crate::stats::{RowShares, mean_and_deviation, ratio};
-use crate::{MlpMode, RuntimeError, Session};
+use crate::{AuditOptions, AuditReport, MlpMode, RuntimeError, Session};
 
 /// Longest warm-up, in tokens.
 const N_WARM_UP: usize = 16;
@@ -26,6 +26,8 @@ pub struct BenchOptions {
     pub n_repetitions: usize,
     /// Factor on the stored alphas.
     pub alpha_scale: f64,
+    /// Adds a row that is predicted and audited.
+    pub audit: Option<AuditOptions>,
 }
 
 /// Results of one process on one machine.
@@ -39,6 +41,9 @@ pub struct Bench {
     pub read_gb_per_s: f64,
     /// One row for each test and mode.
     pub rows: Vec<BenchRow>,
+    /// What the audited row found.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub audit: Option<AuditReport>,
 }
 
 /// One test in one mode.
@@ -46,7 +51,7 @@ pub struct Bench {
 pub struct BenchRow {
     /// `pp512`: a prompt of 512 tokens; `tg128`: 128 tokens decoded.
     pub test: String,
-    /// `dense`, `exact` or `predicted`.
+    /// `dense`, `exact`, `predicted`, `audited` or `adaptive`.
     pub mode: &'static str,
     /// Mean over the repetitions.
     pub tok_per_s: f64,
@@ -77,22 +82,27 @@ pub struct DecodeFigures {
 struct Contender {
     name: &'static str,
     mode: MlpMode,
+    audit: Option<AuditOptions>,
     tok_per_s: Vec<f64>,
     n_bytes: u64,
     seconds: f64,
     shares: RowShares,
 }
 
-/// Measures `session`, whose context must hold the longer of the two tests. Leaves it without positions.
+/// Measures `session`, whose context must hold the longer of the two tests. Leaves it without positions and audits.
 ///
 /// # Errors
-/// [`RuntimeError::ContextFull`].
+/// [`RuntimeError::ContextFull`]; those of [`Session::set_mode`] and [`Session::set_audit`].
 pub fn bench(session: &mut Session<'_>, options: &BenchOptions) -> Result<Bench, RuntimeError> {
     let mut contenders =
         vec![Contender::new("dense", MlpMode::Dense), Contender::new("exact", MlpMode::Exact)];
-    session.set_mode(MlpMode::Stored, options.alpha_scale);
+    session.set_mode(MlpMode::Stored, options.alpha_scale)?;
     if session.limits().iter().any(Option::is_some) {
         contenders.push(Contender::new("predicted", MlpMode::Stored));
+    }
+    if let Some(audit) = options.audit {
+        let name = if audit.adaptive { "adaptive" } else { "audited" };
+        contenders.push(Contender { audit: Some(audit), ..Contender::new(name, MlpMode::Stored) });
     }
     let text = own_text(session, options.n_decode.max(N_WARM_UP).min(session.n_positions_max()))?;
     let prompt: Vec<u32> = text.iter().copied().cycle().take(options.n_prompt).collect();
@@ -102,7 +112,7 @@ pub fn bench(session: &mut Session<'_>, options: &BenchOptions) -> Result<Bench,
         return Err(RuntimeError::ContextFull { wanted: options.n_decode, n_positions_max });
     }
 
-    session.set_mode(MlpMode::Dense, 1.0);
+    session.set_mode(MlpMode::Dense, 1.0)?;
     session.reset();
     session.prefill(&prompt)?;
     for contender in &contenders {
@@ -121,6 +131,9 @@ pub fn bench(session: &mut Session<'_>, options: &BenchOptions) -> Result<Bench,
         }
         read_gb_per_s.push(session.measure_read_gb_per_s());
     }
+    // The audited contender is the last to run.
+    let audit = session.audit();
+    session.set_audit(None)?;
     session.reset();
 
     let (read_gb_per_s, _) = mean_and_deviation(&read_gb_per_s);
@@ -136,7 +149,8 @@ pub fn bench(session: &mut Session<'_>, options: &BenchOptions) -> Result<Bench,
             contender.row(format!("tg{}", options.n_decode), dense_tok_per_s, read_gb_per_s)
         }));
     }
-    Ok(Bench { model: session.model().path().to_owned(), device: session.backend(), read_gb_per_s, rows })
+    let (model, device) = (session.model().path().to_owned(), session.backend());
+    Ok(Bench { model, device, read_gb_per_s, rows, audit })
 }
 
 /// A text of `n_tokens` that the model writes from BOS, always the same.
@@ -145,7 +159,7 @@ fn own_text(session: &mut Session<'_>, n_tokens: usize) -> Result<Vec<u32>, Runt
     let first = config.bos_token_id.unwrap_or(0);
     let excluded = &config.eos_token_ids;
     let mut sampler = Sampler::new(&SamplerOptions::default(), config.vocab_size as usize, excluded);
-    session.set_mode(MlpMode::Dense, 1.0);
+    session.set_mode(MlpMode::Dense, 1.0)?;
     session.reset();
     let mut text = vec![first];
     while text.len() < n_tokens {
@@ -158,12 +172,22 @@ fn own_text(session: &mut Session<'_>, n_tokens: usize) -> Result<Vec<u32>, Runt
 
 impl Contender {
     fn new(name: &'static str, mode: MlpMode) -> Self {
-        Self { name, mode, tok_per_s: Vec::new(), n_bytes: 0, seconds: 0.0, shares: RowShares::default() }
+        Self {
+            name,
+            mode,
+            audit: None,
+            tok_per_s: Vec::new(),
+            n_bytes: 0,
+            seconds: 0.0,
+            shares: RowShares::default(),
+        }
     }
 
     /// Decodes `tokens` in an empty context; returns the seconds it took.
     fn run(&self, session: &mut Session<'_>, alpha_scale: f64, tokens: &[u32]) -> Result<f64, RuntimeError> {
-        session.set_mode(self.mode, alpha_scale);
+        session.set_audit(None)?;
+        session.set_mode(self.mode, alpha_scale)?;
+        session.set_audit(self.audit)?;
         session.reset();
         session.reset_usage();
         let started = Instant::now();
@@ -227,6 +251,10 @@ impl Bench {
                 )?,
                 None => writeln!(out, " {:>8} | {:>7} | {:>7} | {:>9} | {:>11} |", "", "", "", "", "")?,
             }
+        }
+        if let Some(audit) = &self.audit {
+            writeln!(out)?;
+            audit.write(out)?;
         }
         Ok(())
     }
@@ -302,6 +330,7 @@ mod tests {
             device: "cpu (avx2, 2 threads)".to_owned(),
             read_gb_per_s: 22.0,
             rows: vec![prompt, decode],
+            audit: None,
         }
     }
 

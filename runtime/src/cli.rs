@@ -8,10 +8,10 @@ use clap::builder::PossibleValuesParser;
 use clap::error::ErrorKind;
 use clap::{ArgAction, CommandFactory, Parser, ValueEnum};
 
-use runtime::MlpMode;
 use runtime::chat::ChatFormat;
 use runtime::device::Device;
 use runtime::sampler::SamplerOptions;
+use runtime::{AuditOptions, MlpMode};
 
 /// Generates text with a .sinf model, reading only the MLP rows that its predictor keeps.
 #[derive(Debug, Parser)]
@@ -70,7 +70,7 @@ pub(crate) struct Cli {
     #[arg(long, help_heading = "Text")]
     pub(crate) ignore_eos: bool,
 
-    /// Seed of the draw, -1 for a random one, which the statistics tell
+    /// Seed of the draw and of audits, -1 for a random one, which the statistics tell
     #[arg(
         short,
         long,
@@ -108,11 +108,17 @@ pub(crate) struct Cli {
     pub(crate) predictor: Predictor,
     /// Mean KL divergence from the dense model that predictions may have: limits from the file's curve in place of those
     /// that it was converted for
-    #[arg(long, value_name = "KL", help_heading = "Machine", value_parser = number(1e-9..=100.0))]
+    #[arg(long, value_name = "KL", help_heading = "Machine", value_parser = number(1e-9..=100.0), conflicts_with = "alpha_scale")]
     pub(crate) budget: Option<f64>,
-    /// Factor on the alphas, or on thresholds below 0: above 1 keeps more rows, below 1 fewer
+    /// Factor on the alphas, for files whose predictors have them (sign): above 1 keeps more rows, below 1 fewer
     #[arg(long, value_name = "X", help_heading = "Machine", default_value_t = 1.0, value_parser = number(0.01..=100.0))]
     pub(crate) alpha_scale: f64,
+    /// Look at a sample of the rows left out in one of every N tokens decoded, and estimate recall and missed energy
+    #[arg(long, value_name = "N", help_heading = "Machine", value_parser = count(1..=1_000_000))]
+    audit: Option<usize>,
+    /// Hold the missed energy that the file or the budget states by moving the limits after audits [audit default: 32]
+    #[arg(long, help_heading = "Machine")]
+    adaptive: bool,
     /// List devices and stop
     #[arg(long, help_heading = "Machine")]
     list_devices: bool,
@@ -150,6 +156,8 @@ pub(crate) struct Cli {
     windows: Option<usize>,
 }
 
+/// Tokens between two audits where `--adaptive` asks for them.
+const N_AUDIT: usize = 32;
 const N_BENCH_PROMPT: usize = 512;
 const N_BENCH_DECODE: usize = 128;
 const N_BENCH_REPETITIONS: usize = 5;
@@ -291,6 +299,20 @@ impl Cli {
                 return Err(usage(ErrorKind::MissingRequiredArgument, &message));
             }
         }
+        if self.predictor == Predictor::Stored || self.bench {
+            return Ok(());
+        }
+        for (flag, is_given) in [
+            ("--audit", self.audit.is_some()),
+            ("--adaptive", self.adaptive),
+            ("--budget", self.budget.is_some()),
+            ("--alpha-scale", self.alpha_scale != 1.0),
+        ] {
+            if is_given {
+                let message = format!("{flag} goes with --predictor stored only, others predict nothing");
+                return Err(usage(ErrorKind::ArgumentConflict, &message));
+            }
+        }
         Ok(())
     }
 
@@ -327,6 +349,12 @@ impl Cli {
     /// The seed asked for, or a random one.
     pub(crate) fn seed(&self) -> u64 {
         self.seed.0.unwrap_or_else(random_seed)
+    }
+
+    /// The audits asked for.
+    pub(crate) fn audit(&self, seed: u64) -> Option<AuditOptions> {
+        let every = self.audit.or(self.adaptive.then_some(N_AUDIT))?;
+        Some(AuditOptions { every, seed, adaptive: self.adaptive })
     }
 
     /// How tokens are chosen.
@@ -458,6 +486,19 @@ mod tests {
         refused(&["m.sinf", "-f", "x", "-r", "3"]);
         refused(&["m.sinf", "--bench", "--windows", "3"]);
         refused(&["m.sinf", "-p", "x", "--perplexity", "t.txt"]);
+        assert!(
+            refused(&["m.sinf", "-p", "x", "--budget", "0.1", "--alpha-scale", "2"])
+                .contains("--alpha-scale")
+        );
+        for flags in
+            [&["--audit", "32"][..], &["--adaptive"], &["--budget", "0.1"], &["--alpha-scale", "1.1"]]
+        {
+            for predictor in ["exact", "dense"] {
+                let arguments = [&["m.sinf", "-p", "x", "--predictor", predictor], flags].concat();
+                assert!(refused(&arguments).contains(flags[0]));
+            }
+            accepted(&[&["m.sinf", "--bench"], flags].concat());
+        }
     }
 
     #[test]
@@ -469,6 +510,7 @@ mod tests {
             ("--repeat-penalty", &["0", "-1"]),
             ("--alpha-scale", &["0", "1e9"]),
             ("--budget", &["0", "-1", "nan", "x"]),
+            ("--audit", &["0", "-1", "x", "1000001"]),
             ("--top-k", &["-1", "x"]),
             ("-n", &["-2", "x"]),
             ("-c", &["0"]),
@@ -484,6 +526,19 @@ mod tests {
         }
         let message = refused(&["m.sinf", "-p", "x", "--chat", "no-such-format"]);
         assert!(ChatFormat::ALL.iter().all(|format| message.contains(format.name)), "{message}");
+    }
+
+    #[test]
+    fn adapting_audits() {
+        let audit_of = |arguments: &[&str]| {
+            let arguments = [&["runtime", "m.sinf", "-p", "x"], arguments].concat();
+            Cli::try_parse_from(arguments).expect("right usage").audit(7)
+        };
+        let options = |every, adaptive| Some(AuditOptions { every, seed: 7, adaptive });
+        assert_eq!(audit_of(&[]), None);
+        assert_eq!(audit_of(&["--audit", "5"]), options(5, false));
+        assert_eq!(audit_of(&["--adaptive"]), options(N_AUDIT, true));
+        assert_eq!(audit_of(&["--adaptive", "--audit", "5"]), options(5, true));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! One implementation per kind of device. A session checks tokens and positions before it calls an engine, so that an
 //! engine is about mathematics only.
 
+use crate::audit::Audit;
 use crate::session::{MlpObserver, Usage};
 use crate::{MlpMode, RuntimeError};
 
@@ -63,6 +64,31 @@ pub(crate) trait Engine: std::fmt::Debug {
     /// Appends one token at `position`; adds what was read to `usage`.
     fn decode(&mut self, token: u32, position: usize, usage: &mut Usage) -> Result<(), RuntimeError>;
 
+    /// False if [`Engine::decode_audited`] is not implemented here.
+    fn has_audit(&self) -> bool {
+        false
+    }
+
+    /// As [`Engine::decode`], with the same logits; in every layer that predicts, rows of `audit.draw(number, layer)`
+    /// that the predictor leaves out are computed beside the others, and `audit.record` gets what they have.
+    ///
+    /// # Errors
+    /// [`RuntimeError::NoAudit`] from backends without it.
+    fn decode_audited(
+        &mut self,
+        token: u32,
+        position: usize,
+        usage: &mut Usage,
+        audit: &mut Audit,
+        number: usize,
+    ) -> Result<(), RuntimeError> {
+        let _ = (token, position, usage, audit, number);
+        Err(RuntimeError::NoAudit { backend: self.describe() })
+    }
+
+    /// Replaces the choice of one layer.
+    fn set_layer_rows(&mut self, layer: usize, rows: RowChoice);
+
     /// Appends a batch, computing every row.
     fn forward_batch(
         &mut self,
@@ -78,6 +104,11 @@ pub(crate) trait Engine: std::fmt::Debug {
 }
 
 impl RowChoice {
+    /// True if gate rows are left out by prediction.
+    pub(crate) fn is_predicted(&self) -> bool {
+        !matches!(self, Self::All | Self::Active)
+    }
+
     /// The choice of `mode` where the file's predictor would keep `stored` rows (`None`: it predicts nothing).
     pub(crate) fn new(mode: MlpMode, stored: Option<Self>) -> Self {
         match mode {

@@ -62,6 +62,40 @@ pub enum RuntimeError {
         /// The file.
         path: String,
     },
+    /// A scale on alphas was asked for where a layer's predictor has none.
+    #[error("{path}: layer {layer}: expected a predictor with an alpha to scale, found {found}")]
+    NoAlpha {
+        /// The file.
+        path: String,
+        /// The first such layer.
+        layer: usize,
+        /// Name of its predictor.
+        found: &'static str,
+    },
+    /// Audits were asked for where nothing is predicted.
+    #[error("expected a layer that predicts, to audit what it leaves out; found none in {path}")]
+    NothingToAudit {
+        /// The file.
+        path: String,
+    },
+    /// Audits were asked for on a backend without them.
+    #[error("audits are not implemented on {backend}")]
+    NoAudit {
+        /// What runs the model.
+        backend: String,
+    },
+    /// The file does not say what to hold, or between which bounds.
+    #[error("{path}: layer {layer}: expected {expected} to adapt its limit by, found {found}")]
+    NoTarget {
+        /// The file.
+        path: String,
+        /// The first such layer.
+        layer: usize,
+        /// What is missing.
+        expected: &'static str,
+        /// What is there.
+        found: String,
+    },
     /// The CUDA device cannot do it.
     #[error(transparent)]
     Cuda(#[from] kernels::cuda::CudaError),
@@ -94,6 +128,16 @@ impl RuntimeError {
                 Some("prep convert FOLDER OUT.sinf makes a .sinf file of a model folder")
             }
             Self::NoBudget { .. } => Some("convert the model again without --alpha and --predictor exact"),
+            Self::NoAlpha { .. } => {
+                Some("--budget KL moves the limits and thresholds of every kind of predictor")
+            }
+            Self::NothingToAudit { .. } => {
+                Some("every row is computed; files with prediction come from prep convert")
+            }
+            Self::NoAudit { .. } => Some("audit on the CPU: --device cpu"),
+            Self::NoTarget { .. } => Some(
+                "convert the model again without --alpha, so that it is calibrated; or leave out --adaptive",
+            ),
             Self::ContextFull { .. } => Some("raise -c/--ctx-size or shorten the prompt"),
             Self::Cuda(error) => error.hint(),
             Self::ContextTooLong { .. } => Some("lower -c/--ctx-size; longer contexts give strange text"),

@@ -19,6 +19,7 @@ use kernels::{
 };
 
 use crate::RuntimeError;
+use crate::audit::Audit;
 use crate::engine::{Batch, BatchLogits, Engine, RowChoice};
 use crate::kv_cache::KvCache;
 use crate::model::{LayerWeights, Model, Weights};
@@ -147,14 +148,53 @@ impl<'m> CpuEngine<'m> {
         Ok(())
     }
 
-    /// `x += MLP(rmsnorm(x))` for one token, reading the rows that the layer selects.
-    fn mlp_row(&mut self, layer: usize) -> Result<(MlpCounts, u64), RuntimeError> {
+    /// `x += MLP(rmsnorm(x))` for one token, reading the rows that the layer selects; with an audit, also rows of its
+    /// sample that the layer leaves out.
+    fn mlp_row(
+        &mut self,
+        layer: usize,
+        audit: Option<(&mut Audit, usize)>,
+    ) -> Result<(MlpCounts, u64), RuntimeError> {
         let w = &self.weights.layers[layer];
         let b = self.buffers.first(1);
         let rows = rows_of(&self.rows[layer], w);
+        let (activation, scratch) = (self.activation, &mut self.mlp_scratch);
         self.cpu.rmsnorm(b.x, w.mlp_norm, self.rms_norm_eps, b.normed)?;
-        let counts = self.cpu.mlp(&w.mlp, &rows, self.activation, b.normed, &mut self.mlp_scratch, b.x)?;
-        Ok((counts, bytes::mlp(&w.mlp, &rows, &counts)))
+        let Some((audit, number)) = audit.filter(|(audit, _)| audit.predicts(layer)) else {
+            let counts = self.cpu.mlp(&w.mlp, &rows, activation, b.normed, scratch, b.x)?;
+            return Ok((counts, bytes::mlp(&w.mlp, &rows, &counts)));
+        };
+        let sample = audit.draw(number, layer);
+        let found = self.cpu.mlp_audited(&w.mlp, &rows, activation, b.normed, sample, scratch, b.x)?;
+        let (counts, found) = found;
+        audit.record(number, layer, &counts, &found);
+        Ok((counts, bytes::mlp(&w.mlp, &rows, &counts) + bytes::audit(&w.mlp, &found)))
+    }
+
+    /// One token at `position` through all layers.
+    fn step(
+        &mut self,
+        token: u32,
+        position: usize,
+        usage: &mut Usage,
+        mut audit: Option<(&mut Audit, usize)>,
+    ) -> Result<(), RuntimeError> {
+        self.begin(&[token], position)?;
+        let kv_bytes = bytes::kv(&self.attention, self.cache.element_bytes(), position + 1);
+        for layer in 0..self.weights.layers.len() {
+            self.attention_block(layer, 1, position)?;
+            let audit = audit.as_mut().map(|(audit, number)| (&mut **audit, *number));
+            let (counts, mlp_bytes) = self.mlp_row(layer, audit)?;
+            let w = &self.weights.layers[layer];
+            let projections = [&w.w_q, &w.w_k, &w.w_v, &w.w_o].map(bytes::matrix).iter().sum::<u64>();
+            usage.n_bytes += projections + kv_bytes + mlp_bytes;
+            usage.layers[layer].n_kept += counts.n_kept as u64;
+            usage.layers[layer].n_active += counts.n_active as u64;
+        }
+        self.head_row(0)?;
+        usage.n_bytes += bytes::matrix(&self.weights.lm_head);
+        usage.n_tokens += 1;
+        Ok(())
     }
 
     /// `x += MLP(rmsnorm(x))` for a batch, all rows computed; the mask is applied before the down projection.
@@ -243,21 +283,26 @@ impl Engine for CpuEngine<'_> {
     }
 
     fn decode(&mut self, token: u32, position: usize, usage: &mut Usage) -> Result<(), RuntimeError> {
-        self.begin(&[token], position)?;
-        let kv_bytes = bytes::kv(&self.attention, self.cache.element_bytes(), position + 1);
-        for layer in 0..self.weights.layers.len() {
-            self.attention_block(layer, 1, position)?;
-            let (counts, mlp_bytes) = self.mlp_row(layer)?;
-            let w = &self.weights.layers[layer];
-            let projections = [&w.w_q, &w.w_k, &w.w_v, &w.w_o].map(bytes::matrix).iter().sum::<u64>();
-            usage.n_bytes += projections + kv_bytes + mlp_bytes;
-            usage.layers[layer].n_kept += counts.n_kept as u64;
-            usage.layers[layer].n_active += counts.n_active as u64;
-        }
-        self.head_row(0)?;
-        usage.n_bytes += bytes::matrix(&self.weights.lm_head);
-        usage.n_tokens += 1;
-        Ok(())
+        self.step(token, position, usage, None)
+    }
+
+    fn has_audit(&self) -> bool {
+        true
+    }
+
+    fn decode_audited(
+        &mut self,
+        token: u32,
+        position: usize,
+        usage: &mut Usage,
+        audit: &mut Audit,
+        number: usize,
+    ) -> Result<(), RuntimeError> {
+        self.step(token, position, usage, Some((audit, number)))
+    }
+
+    fn set_layer_rows(&mut self, layer: usize, rows: RowChoice) {
+        self.rows[layer] = rows;
     }
 
     fn forward_batch(

@@ -1,5 +1,7 @@
 //! Maps a `.sinf` file and generates text with it; `prep` borrows the dense forward pass from here.
 
+mod adaptive;
+mod audit;
 pub mod bench;
 pub mod chat;
 pub mod device;
@@ -18,6 +20,8 @@ pub mod stats;
 mod text;
 mod tokenizer;
 
+pub use adaptive::{AdaptiveLayer, AdaptiveReport};
+pub use audit::{AuditOptions, AuditReport, Estimate, LayerAudit};
 pub use error::RuntimeError;
 pub use model::Model;
 pub use session::{LayerUsage, MlpBatch, MlpMode, MlpObserver, Session, SessionOptions, Usage};

@@ -64,7 +64,8 @@ fn run(cli: &Cli, action: Action<'_>, started: Instant) -> anyhow::Result<ExitCo
             return generate_text(cli, file, &prompt, chat, n_predict, started);
         }
         Action::Bench { file, n_prompt, n_decode, n_repetitions, output } => {
-            let options = BenchOptions { n_prompt, n_decode, n_repetitions, alpha_scale: cli.alpha_scale };
+            let (alpha_scale, audit) = (cli.alpha_scale, cli.audit(cli.seed()));
+            let options = BenchOptions { n_prompt, n_decode, n_repetitions, alpha_scale, audit };
             run_bench(cli, file, &options, output)?;
         }
         Action::Perplexity { file, text, kl, n_windows } => {
@@ -103,7 +104,7 @@ fn session<'m>(
     let mut session = Session::on(cli.device, model, &options)?;
     if let Some(kl) = cli.budget {
         session.set_budget(kl)?;
-        session.set_mode(mode, cli.alpha_scale);
+        session.set_mode(mode, cli.alpha_scale)?;
     }
     Ok(session)
 }
@@ -121,12 +122,18 @@ fn tokenizer(model: &Model) -> anyhow::Result<Tokenizer> {
 }
 
 /// Tokenizer and session are made side by side: a vocabulary takes some tens of milliseconds.
-fn tokenizer_and_session<'m>(cli: &Cli, model: &'m Model) -> anyhow::Result<(Tokenizer, Session<'m>)> {
+fn tokenizer_and_session<'m>(
+    cli: &Cli,
+    model: &'m Model,
+    seed: u64,
+) -> anyhow::Result<(Tokenizer, Session<'m>)> {
     std::thread::scope(|scope| {
         let tokenizer = scope.spawn(|| tokenizer(model));
         let session = session(cli, model, max_positions(model), cli.predictor.mode());
         let tokenizer = tokenizer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-        Ok((tokenizer, session?))
+        let mut session = session?;
+        session.set_audit(cli.audit(seed))?;
+        Ok((tokenizer, session))
     })
 }
 
@@ -158,7 +165,8 @@ fn generate_text(
         file => without_last_newline(read(file)?),
     };
     let model = open(cli, file)?;
-    let (tokenizer, mut session) = tokenizer_and_session(cli, &model)?;
+    let seed = cli.seed();
+    let (tokenizer, mut session) = tokenizer_and_session(cli, &model, seed)?;
     let mut stops = cli.stop.clone();
     let mut end_ids = model.config().eos_token_ids.clone();
     if let Some(chat) = chat {
@@ -169,7 +177,6 @@ fn generate_text(
     }
     let prompt_ids = tokenizer.encode(&prompt)?;
     check_prompt(&session, &prompt_ids)?;
-    let seed = cli.seed();
     let options = GenerateOptions {
         n_predict,
         sampler: cli.sampler(seed),
@@ -240,6 +247,10 @@ fn write_statistics(
             let limit = limit.map_or_else(|| "-".to_owned(), limit_text);
             writeln!(out, "{idx:>5}  {limit:>6}  {}  {}", percent(shares.kept), percent(shares.active))?;
         }
+        if let Some(audit) = &stats.audit {
+            writeln!(out)?;
+            audit.write_layers(out)?;
+        }
     }
     Ok(())
 }
@@ -267,7 +278,7 @@ fn run_perplexity(
 ) -> anyhow::Result<()> {
     let text = join_documents(&read(text)?);
     let model = open(cli, file)?;
-    let (tokenizer, mut session) = tokenizer_and_session(cli, &model)?;
+    let (tokenizer, mut session) = tokenizer_and_session(cli, &model, cli.seed())?;
     let mut dense =
         kl.then(|| self::session(cli, &model, max_positions(&model), MlpMode::Dense)).transpose()?;
     let options = PerplexityOptions {
@@ -316,6 +327,12 @@ fn write_perplexity(out: &mut dyn Write, result: &Perplexity) -> io::Result<()> 
             percent(layer.recall),
             100.0 * layer.missed_energy
         )?;
+    }
+    if let Some(audit) = &result.audit {
+        writeln!(out)?;
+        audit.write(out)?;
+        writeln!(out)?;
+        audit.write_layers(out)?;
     }
     Ok(())
 }

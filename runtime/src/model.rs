@@ -152,15 +152,24 @@ impl Model {
     /// # Panics
     /// If the model has no such layer.
     pub fn down_squared_norms(&self, layer: usize) -> Vec<f64> {
-        fn norms<T: Copy>(elements: &[T], n_cols: usize, to_f32: impl Fn(T) -> f32) -> Vec<f64> {
-            let square = |&v: &T| f64::from(to_f32(v)) * f64::from(to_f32(v));
-            elements.chunks_exact(n_cols).map(|row| row.iter().map(square).sum()).collect()
+        let n_rows = self.config().intermediate_size as usize;
+        (0..n_rows).map(|row| self.down_squared_norm(layer, row)).collect()
+    }
+
+    /// `|W_down[:, row]|^2` of `layer`.
+    ///
+    /// # Panics
+    /// If the model has no such layer or row.
+    pub fn down_squared_norm(&self, layer: usize, row: usize) -> f64 {
+        fn norm<T: Copy>(row: &[T], to_f32: impl Fn(T) -> f32) -> f64 {
+            row.iter().map(|&v| f64::from(to_f32(v)) * f64::from(to_f32(v))).sum()
         }
         let w = self.matrix(SectionKind::WDownT, Some(layer));
+        let row = row * w.n_cols..(row + 1) * w.n_cols;
         match w.data {
-            Elements::F32(v) => norms(v, w.n_cols, |v| v),
-            Elements::F16(v) => norms(v, w.n_cols, f16::to_f32),
-            Elements::Bf16(v) => norms(v, w.n_cols, bf16::to_f32),
+            Elements::F32(v) => norm(&v[row], |v| v),
+            Elements::F16(v) => norm(&v[row], f16::to_f32),
+            Elements::Bf16(v) => norm(&v[row], bf16::to_f32),
         }
     }
 

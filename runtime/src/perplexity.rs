@@ -10,10 +10,11 @@
 //!
 //! Sums are f64. Logits are held for one batch at a time, never for a window.
 
+use format_spec::calibration::{alpha_from_limit, limit_from_alpha};
 use serde::Serialize;
 
 use crate::stats::ratio;
-use crate::{MlpBatch, MlpObserver, Model, RuntimeError, Session};
+use crate::{AuditReport, MlpBatch, MlpObserver, Model, RuntimeError, Session};
 
 /// How a text is measured.
 #[derive(Clone, Copy, Debug)]
@@ -48,6 +49,9 @@ pub struct Perplexity {
     pub divergence: Option<Divergence>,
     /// By layer.
     pub layers: Vec<LayerQuality>,
+    /// What audits estimated of it, where the session audits.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub audit: Option<AuditReport>,
 }
 
 /// Distance from the dense run.
@@ -206,6 +210,7 @@ pub fn perplexity(
         nll_per_window,
         divergence: dense.is_some().then(|| distance.divergence(&reference)),
         layers: observer.layers(session, options.alpha_scale),
+        audit: session.audit(),
     })
 }
 
@@ -311,8 +316,13 @@ impl RowObserver {
             .iter()
             .zip(session.limits().iter().zip(records))
             .map(|(counts, (&limit, record))| {
-                let alpha = limit.filter(|_| !record.kind.has_score());
-                let alpha = alpha.map(|_| f64::from(record.alpha) * alpha_scale);
+                let alpha = limit.filter(|_| !record.kind.has_score()).map(|limit| {
+                    let (scaled, limit) = (f64::from(record.alpha) * alpha_scale, limit as u32);
+                    let hidden_size = session.model().config().hidden_size;
+                    // Budgets and audits move limits away from the record's.
+                    let is_own = limit_from_alpha(scaled, hidden_size) == limit;
+                    if is_own { scaled } else { alpha_from_limit(limit, hidden_size) }
+                });
                 counts.quality(record.kind.name(), limit, alpha)
             })
             .collect()

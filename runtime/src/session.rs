@@ -3,6 +3,8 @@
 use format_spec::calibration::{alpha_from_limit, limit_from_alpha};
 use format_spec::{BudgetPoint, PredictorKind, SectionKind};
 
+use crate::adaptive::Adaptive;
+use crate::audit::{Audit, AuditOptions, AuditReport, BatchAudit};
 use crate::device::Device;
 use crate::engine::{Batch, BatchLogits, Engine, RowChoice};
 use crate::engine_cuda::CudaEngine;
@@ -20,7 +22,7 @@ pub struct SessionOptions {
     pub n_threads: usize,
     /// Rows that decode reads.
     pub mode: MlpMode,
-    /// Factor on every layer's alpha; 1 leaves the stored limits as they are.
+    /// Factor on every layer's alpha in [`MlpMode::Stored`]; 1 leaves the stored limits as they are.
     pub alpha_scale: f64,
 }
 
@@ -108,13 +110,17 @@ pub struct Session<'m> {
     /// Layers whose predictor the backend lacks, so that they are exact.
     n_not_scored: usize,
     usage: Usage,
+    audit: Option<Audit>,
+    adaptive: Option<Adaptive>,
+    /// Tokens of a batch that are audited, with the numbers of their audits.
+    due: Vec<(usize, usize)>,
 }
 
 impl<'m> Session<'m> {
     /// Allocates everything that decoding needs.
     ///
     /// # Errors
-    /// [`RuntimeError::ContextTooLong`].
+    /// [`RuntimeError::ContextTooLong`], [`RuntimeError::NoAlpha`].
     pub fn new(model: &'m Model, options: &SessionOptions) -> Result<Self, RuntimeError> {
         Self::on(Device::Cpu, model, options)
     }
@@ -148,8 +154,11 @@ impl<'m> Session<'m> {
             budget: None,
             n_not_scored: 0,
             usage: Usage::default(),
+            audit: None,
+            adaptive: None,
+            due: Vec::new(),
         };
-        session.set_mode(options.mode, options.alpha_scale);
+        session.set_mode(options.mode, options.alpha_scale)?;
         session.reset_usage();
         Ok(session)
     }
@@ -164,14 +173,24 @@ impl<'m> Session<'m> {
         self.n_positions = 0;
     }
 
-    /// Changes the rows that decode reads; the context stays.
-    pub fn set_mode(&mut self, mode: MlpMode, alpha_scale: f64) {
-        let n_layers = self.model.config().num_hidden_layers;
-        let choice = |layer: u32| {
-            let budget = self.budget.as_ref().map(|limits| limits[layer as usize]);
+    /// Changes the rows that decode reads; the context stays, audits begin anew.
+    ///
+    /// # Errors
+    /// [`RuntimeError::NoAlpha`] for a scale other than 1 where the file's predictors have no alpha;
+    /// [`RuntimeError::NothingToAudit`] and [`RuntimeError::NoTarget`] in a session that audits.
+    pub fn set_mode(&mut self, mode: MlpMode, alpha_scale: f64) -> Result<(), RuntimeError> {
+        let records = self.model.layout().predictors();
+        let is_scaled = mode == MlpMode::Stored && alpha_scale != 1.0;
+        let without_alpha = records.iter().position(|record| is_scaled && record.kind.has_score());
+        if let Some(layer) = without_alpha {
+            let (path, found) = (self.model.path().to_owned(), records[layer].kind.name());
+            return Err(RuntimeError::NoAlpha { path, layer, found });
+        }
+        let choice = |layer: usize| {
+            let budget = self.budget.as_ref().map(|limits| limits[layer]);
             RowChoice::new(mode, stored_rows(self.model, layer, budget, alpha_scale))
         };
-        let mut rows: Vec<RowChoice> = (0..n_layers).map(choice).collect();
+        let mut rows: Vec<RowChoice> = (0..records.len()).map(choice).collect();
         self.n_not_scored = 0;
         if !self.engine.has_scores() {
             let is_scored =
@@ -191,7 +210,61 @@ impl<'m> Session<'m> {
                 RowChoice::RowThresholds(thresholds) => thresholds.iter().copied().reduce(f32::min),
             })
             .collect();
+        if let Some(audit) = &mut self.audit {
+            audit.restart(rows.iter().map(RowChoice::is_predicted));
+        }
         self.engine.set_rows(rows);
+        self.start_adapting()
+    }
+
+    /// Audits what prediction leaves out, in decoding and in masked batches, from now on; or no longer. Does not change
+    /// results, unless the options ask to adapt.
+    ///
+    /// # Errors
+    /// [`RuntimeError::NoAudit`] on a backend without audits, [`RuntimeError::NothingToAudit`] where nothing is
+    /// predicted, [`RuntimeError::NoTarget`] where there is nothing to adapt by.
+    pub fn set_audit(&mut self, options: Option<AuditOptions>) -> Result<(), RuntimeError> {
+        self.audit = None;
+        self.adaptive = None;
+        let Some(options) = options else { return Ok(()) };
+        if !self.engine.has_audit() {
+            return Err(RuntimeError::NoAudit { backend: self.engine.describe() });
+        }
+        let predicting: Vec<bool> = self.limits.iter().map(Option::is_some).collect();
+        if !predicting.contains(&true) {
+            return Err(RuntimeError::NothingToAudit { path: self.model.path().to_owned() });
+        }
+        let n_rows = self.model.config().intermediate_size as usize;
+        self.audit = Some(Audit::new(options, predicting, n_rows, self.n_positions_max));
+        self.start_adapting()
+    }
+
+    /// What audits found since [`Session::set_audit`] or [`Session::set_mode`]; none before the first.
+    pub fn audit(&self) -> Option<AuditReport> {
+        let adaptive = self.adaptive.as_ref().map(Adaptive::report);
+        self.audit.as_ref().and_then(|audit| audit.report(adaptive))
+    }
+
+    /// Puts the limits where adapting begins.
+    fn start_adapting(&mut self) -> Result<(), RuntimeError> {
+        self.adaptive = None;
+        if !self.audit.as_ref().is_some_and(|audit| audit.options().adaptive) {
+            return Ok(());
+        }
+        let adaptive = Adaptive::new(self.model, &self.limits, self.budget.as_deref())?;
+        for (layer, limit) in adaptive.limits() {
+            set_limit(self.model, self.engine.as_mut(), &mut self.limits, layer, limit);
+        }
+        self.adaptive = Some(adaptive);
+        Ok(())
+    }
+
+    /// Moves limits after an audit.
+    fn adapt(&mut self) {
+        if let (Some(adaptive), Some(audit)) = (&mut self.adaptive, &mut self.audit) {
+            let (model, engine, limits) = (self.model, self.engine.as_mut(), &mut self.limits);
+            adaptive.step(audit, |layer, limit| set_limit(model, engine, limits, layer, limit));
+        }
     }
 
     /// Takes the limits and thresholds that the file's budget curve has for a mean KL divergence of `kl` in place of
@@ -277,7 +350,15 @@ impl<'m> Session<'m> {
     /// As [`Session::prefill`].
     pub fn decode(&mut self, token: u32) -> Result<&[f32], RuntimeError> {
         self.check(&[token])?;
-        self.engine.decode(token, self.n_positions, &mut self.usage)?;
+        let (position, usage) = (self.n_positions, &mut self.usage);
+        let number = self.audit.as_mut().and_then(Audit::next_token);
+        match (&mut self.audit, number) {
+            (Some(audit), Some(number)) => {
+                self.engine.decode_audited(token, position, usage, audit, number)?;
+                self.adapt();
+            }
+            _ => self.engine.decode(token, position, usage)?,
+        }
         self.n_positions += 1;
         Ok(self.engine.logits())
     }
@@ -301,7 +382,49 @@ impl<'m> Session<'m> {
                 n_batch_max: self.n_batch_max,
             });
         }
+        if masked && self.audit.is_some() {
+            return self.append_audited(tokens, logits, observer);
+        }
         self.append(tokens, masked, logits.map_or(BatchLogits::None, BatchLogits::All), observer)
+    }
+
+    /// A masked batch with audits. Where limits adapt it is cut after each audited token, as the next one may find others.
+    fn append_audited(
+        &mut self,
+        mut tokens: &[u32],
+        mut logits: Option<&mut [f32]>,
+        mut observer: Option<&mut dyn MlpObserver>,
+    ) -> Result<(), RuntimeError> {
+        let vocab_size = self.model.config().vocab_size as usize;
+        while let Some(mut audit) = self.audit.take_if(|_| !tokens.is_empty()) {
+            let is_adaptive = self.adaptive.is_some();
+            let n_tokens = if is_adaptive { audit.n_to_audit(tokens.len()) } else { tokens.len() };
+            let (part, rest) = tokens.split_at(n_tokens);
+            let (part_logits, rest_logits) = match logits {
+                Some(logits) if !rest.is_empty() && logits.len() >= n_tokens * vocab_size => {
+                    let (part, rest) = logits.split_at_mut(n_tokens * vocab_size);
+                    (Some(part), Some(rest))
+                }
+                logits => (logits, None),
+            };
+            self.due.clear();
+            self.due.extend((0..n_tokens).filter_map(|token| Some((token, audit.next_token()?))));
+            let due = std::mem::take(&mut self.due);
+            let mut watcher = BatchAudit {
+                audit: &mut audit,
+                model: self.model,
+                activation: self.model.activation(),
+                due: &due,
+                observer: observer.as_deref_mut(),
+            };
+            let part_logits = part_logits.map_or(BatchLogits::None, BatchLogits::All);
+            let appended = self.append(part, true, part_logits, Some(&mut watcher));
+            (self.audit, self.due) = (Some(audit), due);
+            appended?;
+            self.adapt();
+            (tokens, logits) = (rest, rest_logits);
+        }
+        Ok(())
     }
 
     fn append(
@@ -349,16 +472,14 @@ fn limits_for(curve: &[BudgetPoint], kl: f64) -> Vec<f32> {
     }
 }
 
-/// What the file's record for `layer` keeps, with its limit or threshold replaced by that of a `budget` and then
-/// scaled; `None` where it predicts nothing.
-///
-/// A scale multiplies alpha, or the distance of a threshold from 0 on the side that keeps more rows.
-fn stored_rows(model: &Model, layer: u32, budget: Option<f32>, alpha_scale: f64) -> Option<RowChoice> {
+/// What the file's record for `layer` keeps, with its limit or threshold replaced by that of a `budget` and then its
+/// alpha scaled; `None` where it predicts nothing. Thresholds have no alpha.
+fn stored_rows(model: &Model, layer: usize, budget: Option<f32>, alpha_scale: f64) -> Option<RowChoice> {
     let hidden_size = model.config().hidden_size;
     let scaled = |limit: u32, alpha: f64| {
         if alpha_scale == 1.0 { limit } else { limit_from_alpha(alpha * alpha_scale, hidden_size) }
     };
-    let record = &model.layout().predictors()[layer as usize];
+    let record = &model.layout().predictors()[layer];
     match record.kind {
         PredictorKind::Off => None,
         PredictorKind::Sign => {
@@ -371,22 +492,32 @@ fn stored_rows(model: &Model, layer: u32, budget: Option<f32>, alpha_scale: f64)
             Some(RowChoice::Limit(scaled(limit, alpha)))
         }
         PredictorKind::SignPerRow => {
-            let limits = model.words(SectionKind::GateLimits, Some(layer as usize)).iter();
+            let limits = model.words(SectionKind::GateLimits, Some(layer)).iter();
             let scaled = limits.map(|&limit| scaled(limit, alpha_from_limit(limit, hidden_size)));
             Some(RowChoice::RowLimits(scaled.collect()))
         }
         PredictorKind::SignX8 | PredictorKind::W2 | PredictorKind::W3 => {
-            let threshold = f64::from(budget.unwrap_or(record.threshold));
-            let factor = if threshold < 0.0 { alpha_scale } else { alpha_scale.recip() };
-            let threshold = (threshold * factor) as f32;
-            Some(match model.gate_offsets(layer as usize) {
-                None => RowChoice::Threshold(threshold),
-                Some(offsets) => {
-                    RowChoice::RowThresholds(offsets.iter().map(|offset| threshold + offset).collect())
-                }
-            })
+            Some(threshold_rows(model, layer, budget.unwrap_or(record.threshold)))
         }
     }
+}
+
+/// Rows of `layer` whose score is at least `threshold`, each with its offset where the file has them.
+fn threshold_rows(model: &Model, layer: usize, threshold: f32) -> RowChoice {
+    match model.gate_offsets(layer) {
+        None => RowChoice::Threshold(threshold),
+        Some(offsets) => RowChoice::RowThresholds(offsets.iter().map(|offset| threshold + offset).collect()),
+    }
+}
+
+/// Moves the limit on n_neg, or the threshold, of `layer` in a session's engine and in its `limits`.
+fn set_limit(model: &Model, engine: &mut dyn Engine, limits: &mut [Option<f32>], layer: usize, limit: f32) {
+    let rows = match model.layout().predictors()[layer].kind.has_score() {
+        true => threshold_rows(model, layer, limit),
+        false => RowChoice::Limit(limit as u32),
+    };
+    engine.set_layer_rows(layer, rows);
+    limits[layer] = Some(limit);
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::{LayerUsage, Session};
+use crate::{AuditReport, LayerUsage, Session};
 
 /// Figures of one generation. Rates of phases that did not happen are 0.
 #[derive(Clone, Debug, Serialize)]
@@ -38,6 +38,9 @@ pub struct Stats {
     pub rows_kept: f64,
     /// Share of rows whose activation was not zero, 0 to 1.
     pub rows_active: f64,
+    /// What audits found, where the session audits and decoded enough for one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub audit: Option<AuditReport>,
 }
 
 /// Times of one generation.
@@ -75,6 +78,7 @@ impl Stats {
             read_gb_per_s: session.measure_read_gb_per_s(),
             rows_kept: shares.kept,
             rows_active: shares.active,
+            audit: session.audit(),
         }
     }
 
@@ -106,7 +110,8 @@ impl Stats {
             "rows    {:.1} % kept, {:.1} % active",
             100.0 * self.rows_kept,
             100.0 * self.rows_active
-        )
+        )?;
+        self.audit.as_ref().map_or(Ok(()), |audit| audit.write(out))
     }
 }
 

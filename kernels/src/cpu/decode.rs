@@ -2,16 +2,17 @@
 //!
 //! Computes   matvec: y[r] (+)= dot(w[r], x)
 //!            mlp:    h[i] = skip(i) ? 0 : act(dot(w_gate[i], x)) * dot(w_up[i], x);  y += sum_i h[i] * w_down_t[i]
+//!            audit:  sums of (h[i] |w_down_t[i]|)^2 over kept rows, and over skipped rows of a sample
 //! Source     SparseInfer, arXiv 2411.12692, sections 3 and 4
-//! Reference  reference::{matvec, gate_up, down}; skip equal bit for bit, sums within their rounding
+//! Reference  reference::{matvec, gate_up, down, audit}; skip equal bit for bit, sums within their rounding
 //! Shapes     x (n_cols,) f32; weights (n_rows, n_cols) f32, f16 or bf16 row-major; y as the caller says
 //! Needs      lengths as the shapes say; checked in the methods of `Cpu`
 //! Lanes      a dot has ACCS chains of fused multiply-adds over vectors, added as a tree, then the lanes; the same for
 //!            every row, so a result does not depend on the rows that share its block or its chunk
 //! Tail       vectors into the first chain, then one partial vector
 //! Chunks     matvec and gate/up: rows; down: columns, each summed over its rows in ascending order. Chunk sizes may
-//!            depend on the threads, results do not
-//! Bytes      bytes::{matrix, mlp}: an up or down row is read only if its activation is not zero
+//!            depend on the threads, results do not. Audit: rows of the sample, then kept rows, fixed sizes
+//! Bytes      bytes::{matrix, mlp, audit}: an up or down row is read only if its activation is not zero
 
 use super::Isa;
 #[cfg(target_arch = "x86_64")]
@@ -20,7 +21,7 @@ use super::lanes::{Element, Lanes, Portable, load_partial};
 use super::pool::{Pool, Shared};
 use super::scores::{self, Quantised, Scores};
 use super::signs::{self, Signs};
-use crate::{Activation, BitPlanes, Matrix, Matvec, MlpCounts, MlpWeights, Rows};
+use crate::{Activation, BitPlanes, Matrix, Matvec, MlpAudit, MlpCounts, MlpWeights, Rows};
 
 /// Independent chains of a dot.
 const ACCS: usize = 4;
@@ -30,6 +31,8 @@ const CHUNK_BYTES: usize = 256 << 10;
 const ROW_MULTIPLE: usize = 8;
 /// Neurons in a chunk of gate and up.
 const MLP_ROWS: usize = 128;
+/// Rows in a chunk of an audit.
+const AUDIT_ROWS: usize = 32;
 /// Columns of the widest slice of down.
 const SLICE_MAX: usize = 1024;
 /// Columns of the narrowest slice of down.
@@ -82,6 +85,13 @@ macro_rules! entries {
             pub(super) unsafe fn down_slice(args: &Down<'_>, slice: usize) {
                 // SAFETY: the caller's promise.
                 unsafe { super::down_slice::<$lanes>(args, slice) }
+            }
+            /// # Safety
+            /// That of [`super::audit_chunk`].
+            $(#[target_feature(enable = $feature)])?
+            pub(super) unsafe fn audit_chunk(args: &Audit<'_>, chunk: usize) {
+                // SAFETY: the caller's promise.
+                unsafe { super::audit_chunk::<$lanes>(args, chunk) }
             }
             /// # Safety
             /// The processor has the instruction set.
@@ -305,6 +315,10 @@ pub(super) struct Scratch {
     counts: Vec<MlpCounts>,
     x_words: Vec<u32>,
     q: Vec<i8>,
+    /// Rows that the predictor left out, filled for audits alone.
+    skip: Vec<bool>,
+    /// Of each chunk of an audit.
+    audits: Vec<MlpAudit>,
 }
 
 impl Scratch {
@@ -315,6 +329,9 @@ impl Scratch {
             counts: vec![MlpCounts::default(); intermediate_size.div_ceil(MLP_ROWS)],
             x_words: vec![0; hidden_size.div_ceil(32)],
             q: vec![0; scores::q_len(hidden_size)],
+            skip: vec![false; intermediate_size],
+            // The sample and the kept rows end in a part of a chunk each.
+            audits: vec![MlpAudit::default(); 2 * intermediate_size.div_ceil(AUDIT_ROWS)],
         }
     }
 
@@ -335,6 +352,21 @@ struct GateUp<'a> {
     rows: Shared<u32>,
     h: Shared<f32>,
     counts: Shared<MlpCounts>,
+    /// Where to note the rows left out, if an audit follows.
+    skip: Option<Shared<bool>>,
+}
+
+/// An audit, as its chunks see it.
+struct Audit<'a> {
+    w: MlpWeights<'a>,
+    activation: Activation,
+    x: &'a [f32],
+    sample: &'a [u32],
+    skip: &'a [bool],
+    /// Kept rows, with their `h`.
+    rows: &'a [u32],
+    h: &'a [f32],
+    sums: Shared<MlpAudit>,
 }
 
 /// Second phase of an MLP, as its slices see it.
@@ -346,7 +378,7 @@ struct Down<'a> {
     width: usize,
 }
 
-/// One token's MLP; shapes and scratch fit.
+/// One token's MLP; shapes and scratch fit. With a `sample` of rows, each at most once, also what was missed there.
 #[expect(clippy::too_many_arguments, reason = "a call of the equation, each argument one of its terms")]
 pub(super) fn mlp(
     isa: Isa,
@@ -355,9 +387,10 @@ pub(super) fn mlp(
     select: &Rows<'_>,
     activation: Activation,
     x: &[f32],
+    sample: Option<&[u32]>,
     scratch: &mut Scratch,
     y: &mut [f32],
-) -> MlpCounts {
+) -> (MlpCounts, MlpAudit) {
     let n_rows = w.gate.n_rows;
     let mut quantised = Quantised { q: &[], scale: 0.0, total: 0 };
     match select {
@@ -375,6 +408,7 @@ pub(super) fn mlp(
         rows: Shared::new(&mut scratch.rows),
         h: Shared::new(&mut scratch.h),
         counts: Shared::new(&mut scratch.counts),
+        skip: sample.map(|_| Shared::new(&mut scratch.skip)),
     };
     pool.run(n_rows.div_ceil(MLP_ROWS), &|chunk| dispatch!(isa, gate_up_chunk, &args, chunk));
 
@@ -402,7 +436,40 @@ pub(super) fn mlp(
     if n_listed > 0 {
         pool.run(n_cols.div_ceil(width), &|slice| dispatch!(isa, down_slice, &args, slice));
     }
-    total
+    let found = sample.map(|sample| audit(isa, pool, w, activation, x, sample, n_listed, scratch));
+    (total, found.unwrap_or_default())
+}
+
+/// What was missed among `sample`, and the energy of the `n_listed` rows that `scratch` still lists.
+#[expect(clippy::too_many_arguments, reason = "what the MLP before it had, and the sample")]
+fn audit(
+    isa: Isa,
+    pool: &Pool,
+    w: &MlpWeights<'_>,
+    activation: Activation,
+    x: &[f32],
+    sample: &[u32],
+    n_listed: usize,
+    scratch: &mut Scratch,
+) -> MlpAudit {
+    let args = Audit {
+        w: *w,
+        activation,
+        x,
+        sample,
+        skip: &scratch.skip,
+        rows: &scratch.rows[..n_listed],
+        h: &scratch.h[..n_listed],
+        sums: Shared::new(&mut scratch.audits),
+    };
+    let n_chunks = sample.len().div_ceil(AUDIT_ROWS) + n_listed.div_ceil(AUDIT_ROWS);
+    pool.run(n_chunks, &|chunk| dispatch!(isa, audit_chunk, &args, chunk));
+    scratch.audits[..n_chunks].iter().fold(MlpAudit::default(), |sum, chunk| MlpAudit {
+        n_skipped: sum.n_skipped + chunk.n_skipped,
+        n_missed: sum.n_missed + chunk.n_missed,
+        missed_energy: sum.missed_energy + chunk.missed_energy,
+        kept_energy: sum.kept_energy + chunk.kept_energy,
+    })
 }
 
 /// Predicts, computes and lists the neurons of `chunk`.
@@ -421,6 +488,10 @@ unsafe fn gate_up_chunk<L: Signs + Scores>(args: &GateUp<'_>, chunk: usize) {
         let rows = args.rows.slice(row0, n_rows);
         let h = args.h.slice(row0, n_rows);
         let counts = &mut args.counts.slice(chunk, 1)[0];
+        if let Some(skip) = &args.skip {
+            let is_predicted = matches!(args.select, Rows::Predicted { .. } | Rows::Scored { .. });
+            skip.slice(row0, n_rows).fill(is_predicted);
+        }
         match args.select {
             Rows::All => {
                 let mut n_active = 0;
@@ -453,6 +524,10 @@ unsafe fn gate_up_chunk<L: Signs + Scores>(args: &GateUp<'_>, chunk: usize) {
             }
             Rows::Predicted { .. } | Rows::Scored { .. } => {
                 let n_kept = keep::<L>(args, row0, rows);
+                if let Some(skip) = &args.skip {
+                    let skip = skip.slice(row0, n_rows);
+                    rows[..n_kept].iter().for_each(|&row| skip[row as usize - row0] = false);
+                }
                 let mut n_active = 0;
                 with_elements!(args.w.gate.data, w => {
                     for i in 0..n_kept {
@@ -479,6 +554,79 @@ unsafe fn gate_up_chunk<L: Signs + Scores>(args: &GateUp<'_>, chunk: usize) {
                 h[i] *= dot[0];
             }
         });
+    }
+}
+
+/// Sums of `chunk`: the chunks of the sample come first, those of the kept rows after them.
+///
+/// # Safety
+/// Shapes fit, rows lie in the matrices, nobody else uses this chunk's sums, the processor has the instruction set of
+/// `L`.
+#[inline(always)]
+unsafe fn audit_chunk<L: Lanes>(args: &Audit<'_>, chunk: usize) {
+    let n_cols = args.w.gate.n_cols;
+    let x = args.x.as_ptr();
+    let n_sample_chunks = args.sample.len().div_ceil(AUDIT_ROWS);
+    let part = |chunk: usize, len: usize| chunk * AUDIT_ROWS..len.min((chunk + 1) * AUDIT_ROWS);
+    let mut sums = MlpAudit::default();
+    // SAFETY: rows lie in the matrices; the chunk's own sums.
+    unsafe {
+        let energy = |row: usize, h: f32| {
+            let norm = with_elements!(args.w.down_t.data, w => squares::<L, _>(w.add(row * n_cols), n_cols));
+            f64::from(h) * f64::from(h) * f64::from(norm)
+        };
+        if chunk < n_sample_chunks {
+            let sample = args.sample[part(chunk, args.sample.len())].iter().map(|&row| row as usize);
+            let mut skipped = sample.filter(|&row| args.skip[row]).peekable();
+            while let Some(row) = skipped.next() {
+                let next = skipped.peek().copied().unwrap_or(row);
+                let gate = with_elements!(args.w.gate.data, w => {
+                    dot::<L, _, 1>([w.add(row * n_cols)], n_cols, x, [w.add(next * n_cols)])[0]
+                });
+                let gate = args.activation.apply(gate);
+                sums.n_skipped += 1;
+                if gate != 0.0 {
+                    let up = with_elements!(args.w.up.data, w => {
+                        let w = w.add(row * n_cols);
+                        dot::<L, _, 1>([w], n_cols, x, [w])[0]
+                    });
+                    sums.n_missed += 1;
+                    sums.missed_energy += energy(row, gate * up);
+                }
+            }
+        } else {
+            let part = part(chunk - n_sample_chunks, args.rows.len());
+            let kept = args.rows[part.clone()].iter().zip(&args.h[part]);
+            sums.kept_energy = kept.map(|(&row, &h)| energy(row as usize, h)).sum();
+        }
+        args.sums.slice(chunk, 1)[0] = sums;
+    }
+}
+
+/// `sum_c w[c]^2`, in the order of [`dot`].
+///
+/// # Safety
+/// `n_cols` elements are readable at `w`, the processor has the instruction set of `L`.
+#[inline(always)]
+unsafe fn squares<L: Lanes, T: Element>(w: *const T, n_cols: usize) -> f32 {
+    // SAFETY: full vectors end at or before n_cols, the partial one stops there.
+    unsafe {
+        let mut accs = [L::splat(0.0); ACCS];
+        let mut col = 0;
+        while col + ACCS * L::N <= n_cols {
+            for (a, acc) in accs.iter_mut().enumerate() {
+                let w = T::load::<L>(w.add(col + a * L::N));
+                *acc = L::mul_add(w, w, *acc);
+            }
+            col += ACCS * L::N;
+        }
+        while col < n_cols {
+            let n = L::N.min(n_cols - col);
+            let w = load_partial::<L, T>(w.add(col), n);
+            accs[0] = L::mul_add(w, w, accs[0]);
+            col += n;
+        }
+        L::sum(L::add(L::add(accs[0], accs[1]), L::add(accs[2], accs[3])))
     }
 }
 

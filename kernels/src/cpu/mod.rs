@@ -11,7 +11,7 @@ mod signs;
 
 use crate::shape::check;
 use crate::{
-    Activation, AttentionShape, BitPlanes, Elements, Limits, Matrix, Matvec, MlpCounts, MlpWeights,
+    Activation, AttentionShape, BitPlanes, Elements, Limits, Matrix, Matvec, MlpAudit, MlpCounts, MlpWeights,
     PLANES_MAX, Rows, ShapeError, SignMatrix, Thresholds,
 };
 
@@ -304,31 +304,32 @@ impl Cpu {
         scratch: &mut MlpScratch,
         y: &mut [f32],
     ) -> Result<MlpCounts, ShapeError> {
-        let (n_rows, n_cols) = (w.gate.n_rows, w.gate.n_cols);
-        for (w, what) in [(&w.gate, "mlp gate"), (&w.up, "mlp up"), (&w.down_t, "mlp down")] {
-            check_matrix(w)?;
-            check(what, n_rows, w.n_rows)?;
-            check(what, n_cols, w.n_cols)?;
-        }
-        check("mlp input", n_cols, x.len())?;
-        check("mlp output", n_cols, y.len())?;
-        let (scratch_rows, scratch_words) = scratch.decode.sizes();
-        check("mlp scratch rows", n_rows, scratch_rows)?;
-        check("mlp scratch words", n_cols.div_ceil(32), scratch_words)?;
-        match rows {
-            Rows::All | Rows::Active => {}
-            Rows::Predicted { signs, limits } => {
-                check("sign rows", n_rows, signs.n_rows)?;
-                check_signs(signs, n_cols)?;
-                check_limits(limits, n_rows)?;
-            }
-            Rows::Scored { planes, thresholds } => {
-                check("sign rows", n_rows, planes.signs.n_rows)?;
-                check_planes(planes, n_cols)?;
-                check_thresholds(thresholds, n_rows)?;
-            }
-        }
-        Ok(decode::mlp(self.isa, &self.pool, w, rows, activation, x, &mut scratch.decode, y))
+        check_mlp(w, rows, x, scratch, y)?;
+        let scratch = &mut scratch.decode;
+        let (counts, _) = decode::mlp(self.isa, &self.pool, w, rows, activation, x, None, scratch, y);
+        Ok(counts)
+    }
+
+    /// As [`Cpu::mlp`], with the same `y`, and what it misses among the rows of `sample`: ascending, none twice.
+    #[expect(clippy::too_many_arguments, reason = "a call of the equation, each argument one of its terms")]
+    pub fn mlp_audited(
+        &self,
+        w: &MlpWeights<'_>,
+        rows: &Rows<'_>,
+        activation: Activation,
+        x: &[f32],
+        sample: &[u32],
+        scratch: &mut MlpScratch,
+        y: &mut [f32],
+    ) -> Result<(MlpCounts, MlpAudit), ShapeError> {
+        check_mlp(w, rows, x, scratch, y)?;
+        let n_ascending = sample.windows(2).filter(|pair| pair[0] < pair[1]).count();
+        check("ascending rows of a sample", sample.len().saturating_sub(1), n_ascending)?;
+        let n_rows = w.gate.n_rows;
+        let last = sample.last().map_or(0, |&row| row as usize);
+        check("rows of a sample", last.min(n_rows.saturating_sub(1)), last)?;
+        let scratch = &mut scratch.decode;
+        Ok(decode::mlp(self.isa, &self.pool, w, rows, activation, x, Some(sample), scratch, y))
     }
 
     /// `n_neg[token, row]` for a batch, for calibration and tests. Shapes: `x (n_tokens, n_cols)`,
@@ -468,6 +469,40 @@ const TOKENS: usize = 8;
 const N_NEG_ROWS: usize = 512;
 /// Rows in a chunk of [`Cpu::scores`].
 const SCORE_ROWS: usize = 256;
+
+/// That an MLP call's shapes fit each other.
+fn check_mlp(
+    w: &MlpWeights<'_>,
+    rows: &Rows<'_>,
+    x: &[f32],
+    scratch: &MlpScratch,
+    y: &[f32],
+) -> Result<(), ShapeError> {
+    let (n_rows, n_cols) = (w.gate.n_rows, w.gate.n_cols);
+    for (w, what) in [(&w.gate, "mlp gate"), (&w.up, "mlp up"), (&w.down_t, "mlp down")] {
+        check_matrix(w)?;
+        check(what, n_rows, w.n_rows)?;
+        check(what, n_cols, w.n_cols)?;
+    }
+    check("mlp input", n_cols, x.len())?;
+    check("mlp output", n_cols, y.len())?;
+    let (scratch_rows, scratch_words) = scratch.decode.sizes();
+    check("mlp scratch rows", n_rows, scratch_rows)?;
+    check("mlp scratch words", n_cols.div_ceil(32), scratch_words)?;
+    match rows {
+        Rows::All | Rows::Active => Ok(()),
+        Rows::Predicted { signs, limits } => {
+            check("sign rows", n_rows, signs.n_rows)?;
+            check_signs(signs, n_cols)?;
+            check_limits(limits, n_rows)
+        }
+        Rows::Scored { planes, thresholds } => {
+            check("sign rows", n_rows, planes.signs.n_rows)?;
+            check_planes(planes, n_cols)?;
+            check_thresholds(thresholds, n_rows)
+        }
+    }
+}
 
 fn check_matrix(w: &Matrix<'_>) -> Result<(), ShapeError> {
     check("matrix elements", w.n_rows * w.n_cols, w.data.len())

@@ -259,6 +259,12 @@ impl Engine for CudaEngine<'_> {
         self.rows = rows;
     }
 
+    fn set_layer_rows(&mut self, layer: usize, rows: RowChoice) {
+        self.graph = None;
+        self.state.limits = None;
+        self.rows[layer] = rows;
+    }
+
     fn decode(&mut self, token: u32, position: usize, usage: &mut Usage) -> Result<(), RuntimeError> {
         self.step(token, position)?;
         self.fetch_logits()?;
