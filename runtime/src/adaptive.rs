@@ -24,7 +24,7 @@ use crate::{Model, RuntimeError};
 /// Audits before a step that keeps more rows.
 const N_LOOSEN_MIN: usize = 4;
 /// Audits before a step that keeps fewer.
-const N_TIGHTEN_MIN: usize = 16;
+const N_TIGHTEN_MIN: usize = 32;
 /// Audits that a step looks back on: text changes.
 const N_AUDITS_MAX: usize = 64;
 /// Missed energy below which a curve is flat: its last points miss nothing.
