@@ -261,3 +261,70 @@ fn interpolate(
         (None, None) => f64::NAN,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use format_spec::CurvePoint;
+
+    use super::*;
+
+    /// Misses a tenth of the energy at the first limit and a tenth of that at each one after it.
+    fn curve(limits: [f32; 5]) -> CalibrationCurve {
+        let point = |(idx, limit): (i32, f32)| CurvePoint {
+            limit,
+            rows_kept: 0.1,
+            recall: 0.9,
+            missed_energy: 10_f32.powi(-1 - idx),
+        };
+        (0..).zip(limits).map(point).collect()
+    }
+
+    fn control(kind: PredictorKind, limits: [f32; 5], at: f32) -> Control {
+        let points = [1, 4].map(|point| BudgetPoint { kl: 0.1, mlp_bytes: 0.5, limits: vec![limits[point]] });
+        let mut control = Control::new(0, kind, &curve(limits), Some(&points), at);
+        control.target = 0.001;
+        control
+    }
+
+    fn estimate(low: f64, high: f64) -> Estimate {
+        Estimate { value: low.midpoint(high), low, high }
+    }
+
+    #[test]
+    fn steps_go_as_far_as_the_interval_rules_out() {
+        for (kind, limits) in [
+            (PredictorKind::Sign, [100.0, 110.0, 120.0, 130.0, 140.0]),
+            (PredictorKind::W2, [10.0, 0.0, -10.0, -20.0, -30.0]),
+        ] {
+            let mut control = control(kind, limits, limits[1]);
+            assert_eq!(
+                (control.limit_of(control.tightest), control.limit_of(control.loosest)),
+                (limits[1], limits[4])
+            );
+            assert!(!control.step(20, &estimate(0.0005, 0.5)), "the target is inside");
+            assert!(!control.step(3, &estimate(0.01, 0.5)), "too few audits");
+            // A tenth of what is missed here is missed one point on.
+            assert!(control.step(20, &estimate(0.01, 0.5)));
+            assert!((control.limit() - limits[2]).abs() <= 1.0, "{kind:?}: {}", control.limit());
+            assert_eq!((control.n_steps, control.first), (1, 20));
+            assert!(!control.step(22, &estimate(0.01, 0.5)), "the audits count from the step on");
+            assert!(control.step(30, &estimate(0.9, 0.99)));
+            assert_eq!(control.limit(), limits[4], "no farther than the bound");
+            assert!(!control.step(40, &estimate(0.9, 0.99)), "there is nothing left to move");
+            assert!(!control.step(40, &estimate(0.0, 0.0001)), "too few audits to keep fewer rows");
+            assert!(control.step(100, &estimate(0.0, 0.0001)));
+            assert!((control.limit() - limits[3]).abs() <= 1.0, "{kind:?}: {}", control.limit());
+            assert!(control.step(200, &estimate(0.0, 0.0)));
+            assert_eq!(control.limit(), limits[1], "no farther than the other bound");
+        }
+    }
+
+    #[test]
+    fn without_a_budget_curve_the_bounds_are_the_ends_of_the_layers_own() {
+        let limits = [10.0, 0.0, -10.0, -20.0, -30.0];
+        let control = Control::new(0, PredictorKind::W2, &curve(limits), None, -5.0);
+        assert_eq!((control.limit_of(control.tightest), control.limit_of(control.loosest)), (10.0, -30.0));
+        assert!((control.missed_energy_at(control.place(-5.0)) - 10_f64.powf(-2.5)).abs() < 1e-6);
+        assert!((control.missed_energy_at(control.place(50.0)) - 0.1).abs() < 1e-6);
+    }
+}

@@ -511,3 +511,192 @@ fn student_t(n_degrees: f64) -> f64 {
     ];
     (1..).zip(terms).fold(Z, |t, (n, term)| t + term / n_degrees.powi(n))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const N_ROWS: usize = 203;
+    const N_LAYERS: usize = 3;
+
+    /// A text in which the last two layers predict: for every token and row of a layer whether it is kept, and its energy,
+    /// 0 where it is not active. Energies are skewed, as real ones are, and tokens differ.
+    struct Text {
+        rows: Vec<[Vec<(bool, f64)>; N_LAYERS]>,
+    }
+
+    impl Text {
+        fn new(n_tokens: usize, seed: u64) -> Self {
+            let mut rng = ChaCha8Rng::seed_from_u64(seed);
+            let mut uniform = || f64::from(rng.next_u32()) / 2_f64.powi(32);
+            let mut layer = |layer: usize| {
+                let level = (2.0 * uniform()).exp();
+                let mut row = || {
+                    let (is_kept, is_active) = (uniform() < 0.3, uniform() < 0.3);
+                    // Kept rows have more.
+                    let scale = if is_kept { 1.0 } else { 0.02 + 0.02 * layer as f64 };
+                    (is_kept, if is_active { level * scale * (3.0 * uniform()).exp() } else { 0.0 })
+                };
+                (0..N_ROWS).map(|_| row()).collect()
+            };
+            Self { rows: (0..n_tokens).map(|_| [layer(0), layer(1), layer(2)]).collect() }
+        }
+
+        /// Missed energy and recall of `layer`, over all tokens and rows.
+        fn truth(&self, layer: usize) -> [f64; 2] {
+            let rows = || self.rows.iter().flat_map(|token| &token[layer]);
+            let energy = |is_kept| rows().filter(|row| row.0 == is_kept).map(|row| row.1).sum::<f64>();
+            let active = |is_kept| rows().filter(|row| row.0 == is_kept && row.1 > 0.0).count() as f64;
+            let missed_energy = energy(false) / (energy(false) + energy(true));
+            [missed_energy, active(true) / (active(false) + active(true))]
+        }
+
+        fn audit(&self, every: usize, seed: u64) -> AuditReport {
+            let options = AuditOptions { every, seed, adaptive: false };
+            let mut audit = Audit::new(options, vec![false, true, true], N_ROWS, self.rows.len());
+            for token in &self.rows {
+                let Some(number) = audit.next_token() else { continue };
+                for layer in 1..N_LAYERS {
+                    let rows = &token[layer];
+                    let kept = || rows.iter().filter(|row| row.0);
+                    let sample = audit.draw(number, layer).iter().map(|&row| rows[row as usize]);
+                    let skipped: Vec<f64> = sample.filter(|row| !row.0).map(|row| row.1).collect();
+                    let counts = MlpCounts {
+                        n_kept: kept().count(),
+                        n_active: kept().filter(|row| row.1 > 0.0).count(),
+                    };
+                    let found = MlpAudit {
+                        n_skipped: skipped.len(),
+                        n_missed: skipped.iter().filter(|&&energy| energy > 0.0).count(),
+                        missed_energy: skipped.iter().sum(),
+                        kept_energy: kept().map(|row| row.1).sum(),
+                    };
+                    audit.record(number, layer, &counts, &found);
+                }
+            }
+            audit.report(None).expect("tokens were audited")
+        }
+    }
+
+    #[test]
+    fn estimates_are_those_of_a_full_count_and_intervals_hold_it() {
+        let text = Text::new(640, 1);
+        const N_RUNS: u64 = 400;
+        let reports: Vec<AuditReport> = (0..N_RUNS).map(|seed| text.audit(16, seed)).collect();
+        let mean_truth = |of: usize| (text.truth(1)[of] + text.truth(2)[of]) / 2.0;
+        let of_layer = |idx: usize, of: usize| {
+            move |report: &AuditReport| {
+                let layer = &report.layers[idx];
+                [layer.missed_energy, layer.recall][of]
+            }
+        };
+        let cases: [(f64, &dyn Fn(&AuditReport) -> Estimate); 6] = [
+            (text.truth(1)[0], &of_layer(0, 0)),
+            (text.truth(1)[1], &of_layer(0, 1)),
+            (text.truth(2)[0], &of_layer(1, 0)),
+            (text.truth(2)[1], &of_layer(1, 1)),
+            (mean_truth(0), &|report| report.missed_energy),
+            (mean_truth(1), &|report| report.recall),
+        ];
+        for (case, (truth, of)) in cases.into_iter().enumerate() {
+            let estimates: Vec<Estimate> = reports.iter().map(of).collect();
+            let values: Vec<f64> = estimates.iter().map(|estimate| estimate.value).collect();
+            let (mean, deviation) = crate::stats::mean_and_deviation(&values);
+            // Four standard errors of the mean of the runs; a ratio's bias is of order 1/n below its deviation.
+            let bound = 4.0 * deviation / (N_RUNS as f64).sqrt() + deviation / 40.0;
+            assert!((mean - truth).abs() < bound, "case {case}: {mean} for {truth}, bound {bound}");
+            let covers = |estimate: &&Estimate| estimate.low <= truth && truth <= estimate.high;
+            let coverage = estimates.iter().filter(covers).count() as f64 / N_RUNS as f64;
+            // Of 95 %, four deviations of a share of 400 are 4.4 %.
+            assert!((0.90..=0.994).contains(&coverage), "case {case}: {coverage} of the intervals hold");
+        }
+    }
+
+    #[test]
+    fn every_row_and_every_place_is_drawn_as_often_and_a_seed_repeats_them() {
+        let audit = |seed| {
+            let options = AuditOptions { every: 5, seed, adaptive: false };
+            Audit::new(options, vec![true; 2], N_ROWS, 0)
+        };
+        const N_AUDITS: usize = 2000;
+        let draws = |seed| {
+            let (mut audit, mut tokens, mut rows) = (audit(seed), Vec::new(), [vec![], vec![]]);
+            for token in 0..5 * N_AUDITS {
+                if let Some(number) = audit.next_token() {
+                    tokens.push(token);
+                    for (layer, rows) in rows.iter_mut().enumerate() {
+                        rows.extend_from_slice(audit.draw(number, layer));
+                    }
+                }
+            }
+            (tokens, rows)
+        };
+        let (tokens, rows) = draws(3);
+        assert!(tokens.iter().enumerate().all(|(block, token)| token / 5 == block), "one of every five");
+        for place in 0..5 {
+            let n = tokens.iter().filter(|&&token| token % 5 == place).count() as f64;
+            // Binomial: 400 and a deviation of 18.
+            assert!((n - 400.0).abs() < 80.0, "place {place}: {n}");
+        }
+        for rows in &rows {
+            let mut counts = [0_i32; N_ROWS];
+            rows.iter().for_each(|&row| counts[row as usize] += 1);
+            // Binomial: 500 and a deviation of 19.4.
+            assert!(counts.iter().all(|n| (n - 500).abs() < 97), "{counts:?}");
+        }
+        assert_ne!(rows[0], rows[1], "layers draw their own");
+        assert_eq!((tokens.clone(), rows.clone()), draws(3));
+        assert_ne!((tokens, rows), draws(4));
+    }
+
+    #[test]
+    fn batches_end_at_audited_tokens() {
+        let options = AuditOptions { every: 8, seed: 9, adaptive: true };
+        let mut one_by_one = Audit::new(options, vec![true], N_ROWS, 0);
+        let due: Vec<bool> = (0..200).map(|_| one_by_one.next_token().is_some()).collect();
+        let mut cut = Audit::new(options, vec![true], N_ROWS, 0);
+        let mut token = 0;
+        while token < 200 {
+            let n_tokens = cut.n_to_audit(200 - token);
+            for _ in 1..n_tokens {
+                assert!(cut.next_token().is_none() && !due[token]);
+                token += 1;
+            }
+            assert_eq!(cut.next_token().is_some(), due[token]);
+            token += 1;
+        }
+        assert_eq!(cut.n_audited(), due.iter().filter(|&&is_due| is_due).count());
+    }
+
+    #[test]
+    fn shares_at_the_ends_and_of_few_tokens_have_honest_intervals() {
+        let of = |tokens: &[[f64; 3]]| {
+            let sums: Vec<[Sums; 1]> = tokens
+                .iter()
+                .map(|&[missed_energy, kept_energy, n_looked_at]| {
+                    let n_kept_active = if kept_energy > 0.0 { 50.0 } else { 0.0 };
+                    [Sums { missed_energy, kept_energy, n_looked_at, n_kept_active, ..Sums::default() }]
+                })
+                .collect();
+            estimate(sums.iter().map(|token| &token[..]), 0..1, Sums::energy, &mut Vec::new())
+        };
+        let nothing_found = of(&[[0.0, 1.0, 100.0]; 10]);
+        assert_eq!((nothing_found.value, nothing_found.low), (0.0, 0.0));
+        // Three of 1000 rows looked at, times four, to 500 kept ones.
+        assert!((nothing_found.high - 12.0 / 512.0).abs() < 0.001, "{nothing_found:?}");
+        assert_eq!(of(&[[1.0, 3.0, 9.0]; 2]), Estimate { value: 0.25, low: 0.0, high: 1.0 });
+        let nothing_kept = of(&[[1.0, 0.0, 9.0]; 30]);
+        assert!(nothing_kept.value == 1.0 && nothing_kept.high == 1.0, "{nothing_kept:?}");
+        assert!(nothing_kept.low > 0.9 && nothing_kept.low < 0.95, "{nothing_kept:?}");
+        assert_eq!(of(&[[0.0, 0.0, 0.0]; 5]), Estimate { value: 0.0, low: 0.0, high: 0.0 });
+    }
+
+    #[test]
+    fn quantiles_are_those_of_the_tables() {
+        for (n_degrees, quantile) in [(2.0, 4.303), (3.0, 3.182), (5.0, 2.571), (10.0, 2.228), (30.0, 2.042)]
+        {
+            let found = student_t(n_degrees);
+            assert!((found / quantile - 1.0).abs() < 0.01, "{n_degrees} degrees: {found} for {quantile}");
+        }
+    }
+}
