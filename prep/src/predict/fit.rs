@@ -6,6 +6,7 @@ use kernels::{BitPlanes, Cpu};
 use runtime::{MlpBatch, MlpObserver, Model, Session};
 
 use super::histogram::{Activity, bin_of_score};
+use super::offsets::RowLines;
 use super::planes::LowPlanes;
 use super::{Histogram, Kind, LimitEffect, MlpBytes};
 use crate::{PrepError, Progress};
@@ -27,6 +28,8 @@ pub(crate) struct LayerFit {
     pub(crate) curves: HashMap<Kind, Vec<LimitEffect>>,
     /// The bits below the signs that each kind reads.
     low: HashMap<Kind, LowPlanes>,
+    /// What each kind with scores adds to the threshold of a row, `(intermediate_size,)`.
+    offsets: HashMap<Kind, Vec<f32>>,
 }
 
 impl<'m> Fit<'m> {
@@ -57,6 +60,11 @@ impl<'m> Fit<'m> {
         Ok(Self { model, bytes: MlpBytes::new(model), layers })
     }
 
+    /// What `kind` adds to the threshold of each row of `layer`, `(intermediate_size,)`; empty for kinds without scores.
+    pub(crate) fn offsets(&self, layer: usize, kind: Kind) -> &[f32] {
+        self.layers[layer].offsets.get(&kind).map_or(&[], Vec::as_slice)
+    }
+
     /// The bits of W_gate that `kind` reads in `layer`.
     pub(crate) fn planes(&self, layer: usize, kind: Kind) -> BitPlanes<'_> {
         planes_of(self.model, layer, self.layers[layer].low.get(&kind))
@@ -84,6 +92,8 @@ struct LayerSums {
     squared_norms: Vec<f64>,
     histograms: Vec<(Kind, Histogram)>,
     low: HashMap<Kind, LowPlanes>,
+    /// From the first window.
+    offsets: HashMap<Kind, Vec<f32>>,
 }
 
 impl<'m> Observer<'m> {
@@ -103,6 +113,7 @@ impl<'m> Observer<'m> {
                 squared_norms: model.down_squared_norms(layer),
                 histograms: kinds.iter().map(histogram).collect(),
                 low: with_planes.map(low).collect(),
+                offsets: HashMap::new(),
             }
         };
         Self {
@@ -122,7 +133,7 @@ impl MlpObserver for Observer<'_> {
     }
 
     fn mlp(&mut self, batch: &MlpBatch<'_>) {
-        let LayerSums { squared_norms, histograms, low } = &mut self.layers[batch.layer];
+        let LayerSums { squared_norms, histograms, low, offsets } = &mut self.layers[batch.layer];
         let n_rows = squared_norms.len();
         let rows = |token: usize| token * n_rows..(token + 1) * n_rows;
         for (kind, histogram) in histograms {
@@ -134,6 +145,17 @@ impl MlpObserver for Observer<'_> {
                 let (scores, scales) = (&mut self.scores, &mut self.scales);
                 let result = self.cpu.scores(&planes, batch.n_tokens, batch.x, scores, scales);
                 result.expect("the planes are of this layer");
+                offsets.entry(*kind).or_insert_with(|| {
+                    let mut lines = RowLines::new(n_rows);
+                    for token in self.n_prefix..batch.n_tokens {
+                        let (rows, scale) = (rows(token), self.scales[token]);
+                        if scale > 0.0 {
+                            let scores = self.scores[rows.clone()].iter().map(|&score| score as f32 / scale);
+                            lines.add_token(scores, &batch.gate[rows.clone()], &batch.h[rows], squared_norms);
+                        }
+                    }
+                    lines.offsets(squared_norms, threshold_of(self.model.activation()))
+                });
             }
             for token in self.n_prefix..batch.n_tokens {
                 let rows = rows(token);
@@ -149,9 +171,12 @@ impl MlpObserver for Observer<'_> {
                     Kind::SignX8 | Kind::W2 | Kind::W3 => {
                         let scale = self.scales[token];
                         // Without a scale every row is kept.
-                        let bin =
-                            |&score: &i32| if scale > 0.0 { bin_of_score(score as f32 / scale) } else { 0 };
-                        histogram.add_token(self.scores[rows].iter().map(bin), &activity);
+                        let bin = |(&score, offset): (&i32, &f32)| match scale > 0.0 {
+                            true => bin_of_score(score as f32 / scale - offset),
+                            false => 0,
+                        };
+                        histogram
+                            .add_token(self.scores[rows].iter().zip(&offsets[kind]).map(bin), &activity);
                     }
                 }
             }
@@ -165,6 +190,15 @@ impl LayerSums {
             rows_active: self.histograms[0].1.rows_active(),
             curves: self.histograms.iter().map(|(kind, histogram)| (*kind, histogram.steps())).collect(),
             low: self.low,
+            offsets: self.offsets,
         }
+    }
+}
+
+/// The gate from which on a row is active.
+fn threshold_of(activation: kernels::Activation) -> f64 {
+    match activation {
+        kernels::Activation::FatRelu(threshold) => f64::from(threshold),
+        kernels::Activation::Relu | kernels::Activation::Silu => 0.0,
     }
 }

@@ -129,13 +129,16 @@ impl MlpObserver for Observer<'_> {
         let Masking::Setting(fit, setting) = self.masking else { return false };
         let setting = &setting.layers[layer];
         let planes = fit.planes(layer, setting.kind);
+        let thresholds: Vec<f32>;
         let rows = match setting.kind {
             Kind::Exact => Rows::Active,
             Kind::Sign => {
                 Rows::Predicted { signs: planes.signs, limits: Limits::Layer(setting.effect.limit) }
             }
             Kind::SignX8 | Kind::W2 | Kind::W3 => {
-                Rows::Scored { planes, thresholds: Thresholds::Layer(setting.limit()) }
+                let (threshold, offsets) = (setting.limit(), fit.offsets(layer, setting.kind));
+                thresholds = offsets.iter().map(|offset| threshold + offset).collect();
+                Rows::Scored { planes, thresholds: Thresholds::PerRow(&thresholds) }
             }
         };
         self.cpu.predict(&rows, n_tokens, x, skip).expect("the planes are of this layer");

@@ -9,6 +9,7 @@
 mod fit;
 mod histogram;
 mod measure;
+mod offsets;
 mod planes;
 mod search;
 
