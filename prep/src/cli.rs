@@ -102,8 +102,8 @@ pub struct EvalArgs {
     /// Most tokens of it.
     #[arg(long, default_value_t = 8192, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub tokens: u32,
-    /// What to compare: stored, exact, sign, sign-x8, w2, w3, auto (the best for each layer), alpha=X
-    /// [default: all, with alpha 1, 1.02, 1.05 and 1.1].
+    /// What to compare: dense, exact, stored (the file's own), auto (the best for each layer), sign, sign-x8, w2, w3, svd (low
+    /// rank in the bytes of rank 256 at 7B), alpha=X (the rule of SparseInfer) [default: all, with seven alphas].
     #[arg(long, value_name = "NAME[,NAME...]", value_delimiter = ',', value_parser = Contender::parse)]
     pub predictors: Vec<Contender>,
     /// Most tokens of the built-in text that kinds are fitted on.

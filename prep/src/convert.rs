@@ -200,6 +200,7 @@ pub fn convert(
     };
     if let Some(found) = &found {
         write_planes(&mut writer, &found.planes, &config)?;
+        write_offsets(&mut writer, &found.offsets)?;
     }
     let calibration_seconds = calibration_started.elapsed().as_secs_f64();
     writer.seal(&Tail {
@@ -344,6 +345,24 @@ fn write_planes(writer: &mut Writer, planes: &[Vec<u32>], config: &ModelConfig) 
             required: kind.is_required(),
         })?;
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        writer.write(&bytes)?;
+    }
+    Ok(())
+}
+
+/// Writes the offsets of the layers that have some.
+fn write_offsets(writer: &mut Writer, offsets: &[Vec<f32>]) -> Result<(), PrepError> {
+    let kind = SectionKind::GateOffsets;
+    for (layer, offsets) in (0..).zip(offsets).filter(|(_, offsets)| !offsets.is_empty()) {
+        writer.begin(SectionSpec {
+            kind,
+            layer: Some(layer),
+            dtype: DType::F32,
+            shape: Shape::new(&[offsets.len() as u64]),
+            encoding: Encoding::Raw,
+            required: kind.is_required(),
+        })?;
+        let bytes: Vec<u8> = offsets.iter().flat_map(|offset| offset.to_le_bytes()).collect();
         writer.write(&bytes)?;
     }
     Ok(())

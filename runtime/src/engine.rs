@@ -3,6 +3,8 @@
 //! One implementation per kind of device. A session checks tokens and positions before it calls an engine, so that an
 //! engine is about mathematics only.
 
+use kernels::BitPlanes;
+
 use crate::session::{MlpObserver, Usage};
 use crate::{MlpMode, RuntimeError};
 
@@ -45,7 +47,7 @@ pub(crate) struct Batch<'a> {
 }
 
 /// The layers of a model on one device.
-pub(crate) trait Engine: std::fmt::Debug {
+pub(crate) trait Engine<'m>: std::fmt::Debug {
     /// For people: `cpu (avx512, 2 threads)`.
     fn describe(&self) -> String;
 
@@ -55,6 +57,12 @@ pub(crate) trait Engine: std::fmt::Debug {
     /// False if scores cannot be computed here: the session then asks for exact rows in their place.
     fn has_scores(&self) -> bool {
         true
+    }
+
+    /// Takes `planes`, one for each layer, in place of the file's. False if the engine cannot.
+    fn set_planes(&mut self, planes: &[BitPlanes<'m>]) -> bool {
+        let _ = planes;
+        false
     }
 
     /// Rows that decoding and masked batches read from now on, one choice per layer.

@@ -14,8 +14,8 @@
 
 use format_spec::{ModelConfig, RopeScaling};
 use kernels::{
-    AttentionScratch, AttentionShape, Cpu, Elements, Limits, Matvec, MlpCounts, MlpScratch, Rows, Thresholds,
-    bytes,
+    AttentionScratch, AttentionShape, BitPlanes, Cpu, Elements, Limits, Matvec, MlpCounts, MlpScratch, Rows,
+    Thresholds, bytes,
 };
 
 use crate::RuntimeError;
@@ -227,7 +227,7 @@ impl<'m> CpuEngine<'m> {
     }
 }
 
-impl Engine for CpuEngine<'_> {
+impl<'m> Engine<'m> for CpuEngine<'m> {
     fn describe(&self) -> String {
         let n_threads = self.cpu.n_threads();
         let plural = if n_threads == 1 { "" } else { "s" };
@@ -236,6 +236,13 @@ impl Engine for CpuEngine<'_> {
 
     fn n_batch(&self) -> usize {
         self.buffers.n_batch_max.min(N_BATCH)
+    }
+
+    fn set_planes(&mut self, planes: &[BitPlanes<'m>]) -> bool {
+        for (layer, &planes) in self.weights.layers.iter_mut().zip(planes) {
+            layer.planes = Some(planes);
+        }
+        true
     }
 
     fn set_rows(&mut self, rows: Vec<RowChoice>) {

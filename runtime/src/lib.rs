@@ -20,6 +20,9 @@ mod tokenizer;
 
 pub use error::RuntimeError;
 pub use model::Model;
-pub use session::{LayerUsage, MlpBatch, MlpMode, MlpObserver, Session, SessionOptions, Usage};
+pub use session::{
+    LayerPrediction, LayerUsage, MlpBatch, MlpMode, MlpObserver, PredictionLimit, Session, SessionOptions,
+    Usage,
+};
 pub use text::{Ready, TextStream};
 pub use tokenizer::{Tokenizer, TokenizerError};

@@ -2,6 +2,7 @@
 
 use format_spec::calibration::{alpha_from_limit, limit_from_alpha};
 use format_spec::{BudgetPoint, PredictorKind, SectionKind};
+use kernels::BitPlanes;
 
 use crate::device::Device;
 use crate::engine::{Batch, BatchLogits, Engine, RowChoice};
@@ -56,6 +57,26 @@ pub struct MlpBatch<'a> {
     pub skip: &'a [bool],
 }
 
+/// How a layer predicts, in place of what its record says.
+#[derive(Clone, Debug)]
+pub struct LayerPrediction<'m> {
+    /// W_gate in a few bits.
+    pub planes: BitPlanes<'m>,
+    /// What is compared with them.
+    pub limit: PredictionLimit,
+}
+
+/// What decides whether a row is computed.
+#[derive(Clone, Debug, PartialEq)]
+pub enum PredictionLimit {
+    /// Nothing: every gate row is.
+    Exact,
+    /// The largest n_neg.
+    Signs(u32),
+    /// The smallest score, for each row.
+    Scores(Vec<f32>),
+}
+
 /// Sees every layer's MLP of a batch, in layer order.
 pub trait MlpObserver {
     /// True if [`MlpBatch::n_neg`] is to be filled.
@@ -98,7 +119,7 @@ pub struct LayerUsage {
 #[derive(Debug)]
 pub struct Session<'m> {
     model: &'m Model,
-    engine: Box<dyn Engine + 'm>,
+    engine: Box<dyn Engine<'m> + 'm>,
     n_positions: usize,
     n_positions_max: usize,
     n_batch_max: usize,
@@ -107,6 +128,8 @@ pub struct Session<'m> {
     budget: Option<Vec<f32>>,
     /// Layers whose predictor the backend lacks, so that they are exact.
     n_not_scored: usize,
+    /// The engine has planes of [`Session::set_prediction`].
+    has_own_planes: bool,
     usage: Usage,
 }
 
@@ -130,7 +153,7 @@ impl<'m> Session<'m> {
             return Err(RuntimeError::ContextTooLong { wanted: options.n_positions_max, max });
         }
         let options = SessionOptions { n_batch_max: options.n_batch_max.max(1), ..options.clone() };
-        let engine: Box<dyn Engine + 'm> = match device {
+        let engine: Box<dyn Engine<'m> + 'm> = match device {
             Device::Cpu => Box::new(CpuEngine::new(model, &options)),
             Device::Cuda(index) => Box::new(CudaEngine::new(model, index as usize, &options)?),
             Device::Auto => match CudaEngine::first_that_fits(model, &options) {
@@ -147,6 +170,7 @@ impl<'m> Session<'m> {
             limits: Vec::new(),
             budget: None,
             n_not_scored: 0,
+            has_own_planes: false,
             usage: Usage::default(),
         };
         session.set_mode(options.mode, options.alpha_scale);
@@ -167,6 +191,10 @@ impl<'m> Session<'m> {
     /// Changes the rows that decode reads; the context stays.
     pub fn set_mode(&mut self, mode: MlpMode, alpha_scale: f64) {
         let n_layers = self.model.config().num_hidden_layers;
+        if self.has_own_planes {
+            let planes = (0..n_layers as usize).map_while(|layer| self.model.gate_planes(layer));
+            self.has_own_planes = !self.engine.set_planes(&planes.collect::<Vec<_>>());
+        }
         let choice = |layer: u32| {
             let budget = self.budget.as_ref().map(|limits| limits[layer as usize]);
             RowChoice::new(mode, stored_rows(self.model, layer, budget, alpha_scale))
@@ -192,6 +220,27 @@ impl<'m> Session<'m> {
             })
             .collect();
         self.engine.set_rows(rows);
+    }
+
+    /// Predicts with `layers` in place of the file's records, until the next [`Session::set_mode`]. False, and nothing
+    /// changes, on a backend that takes no other planes than the file's.
+    ///
+    /// # Panics
+    /// If there is not one for each layer.
+    pub fn set_prediction(&mut self, layers: Vec<LayerPrediction<'m>>) -> bool {
+        assert_eq!(layers.len(), self.model.config().num_hidden_layers as usize, "one for each layer");
+        let planes: Vec<BitPlanes<'m>> = layers.iter().map(|layer| layer.planes).collect();
+        if !self.engine.set_planes(&planes) {
+            return false;
+        }
+        self.has_own_planes = true;
+        let rows = layers.into_iter().map(|layer| match layer.limit {
+            PredictionLimit::Exact => RowChoice::Active,
+            PredictionLimit::Signs(limit) => RowChoice::Limit(limit),
+            PredictionLimit::Scores(thresholds) => RowChoice::RowThresholds(thresholds),
+        });
+        self.engine.set_rows(rows.collect());
+        true
     }
 
     /// Takes the limits and thresholds that the file's budget curve has for a mean KL divergence of `kl` in place of

@@ -240,7 +240,7 @@ impl<'m> ModelState<'m> {
     }
 }
 
-impl Engine for CudaEngine<'_> {
+impl<'m> Engine<'m> for CudaEngine<'m> {
     fn n_batch(&self) -> usize {
         self.prompt.n_batch_max()
     }
