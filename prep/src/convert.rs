@@ -200,6 +200,7 @@ pub fn convert(
     };
     if let Some(found) = &found {
         write_planes(&mut writer, &found.planes, &config)?;
+        write_offsets(&mut writer, &found.offsets)?;
     }
     let calibration_seconds = calibration_started.elapsed().as_secs_f64();
     writer.seal(&Tail {
@@ -265,6 +266,9 @@ impl<'a> Plan<'a> {
     }
 
     fn calibrated(options: &'a CalibrationOptions) -> Result<Self, PrepError> {
+        if let Some(kind) = options.kind.filter(|kind| kind.record_kind().is_none()) {
+            return Err(PrepError::KindNotStored { kind: kind.name() });
+        }
         Ok(Self::Calibrated(Text::load(options.text.as_deref())?, options))
     }
 }
@@ -344,6 +348,24 @@ fn write_planes(writer: &mut Writer, planes: &[Vec<u32>], config: &ModelConfig) 
             required: kind.is_required(),
         })?;
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        writer.write(&bytes)?;
+    }
+    Ok(())
+}
+
+/// Writes the offsets of the layers that have some.
+fn write_offsets(writer: &mut Writer, offsets: &[Vec<f32>]) -> Result<(), PrepError> {
+    let kind = SectionKind::GateOffsets;
+    for (layer, offsets) in (0..).zip(offsets).filter(|(_, offsets)| !offsets.is_empty()) {
+        writer.begin(SectionSpec {
+            kind,
+            layer: Some(layer),
+            dtype: DType::F32,
+            shape: Shape::new(&[offsets.len() as u64]),
+            encoding: Encoding::Raw,
+            required: kind.is_required(),
+        })?;
+        let bytes: Vec<u8> = offsets.iter().flat_map(|offset| offset.to_le_bytes()).collect();
         writer.write(&bytes)?;
     }
     Ok(())
@@ -464,6 +486,17 @@ mod tests {
             bytes.push(quality.mlp_bytes);
         }
         assert!(bytes[1] < bytes[0] && bytes[0] < 0.5, "{bytes:?}");
+    }
+
+    #[test]
+    fn a_kind_that_files_cannot_hold_is_refused() {
+        let folder = tempfile::tempdir().expect("a scratch folder");
+        let calibration = CalibrationOptions { kind: Some(Kind::Svd), ..CalibrationOptions::DEFAULT.clone() };
+        let options = options(Some(Predictor::Calibrated(calibration)));
+        let result = convert(&bundled(), &folder.path().join("out.sinf"), &options, &Progress::silent());
+        let error = result.expect_err("refused");
+        assert!(error.to_string().contains("svd") && error.hint().is_some(), "{error}");
+        assert_eq!(std::fs::read_dir(folder.path()).expect("readable").count(), 0);
     }
 
     #[test]

@@ -1,35 +1,50 @@
 //! What each kind of prediction does to a model on a text of one's own.
 //!
 //! ```text
-//! stored        the file's own records
+//! dense         every row of every matrix: what the others are compared with
 //! exact         every gate row, up and down where active
-//! KIND          sign, sign-x8, w2, w3 or auto (chosen for each layer), fitted on the built-in text for several budgets
+//! stored        the file's own records
+//! auto          the best kind for each layer, fitted on the built-in text for several budgets
+//! KIND          one kind for all layers (sign, sign-x8, w2, w3, svd), fitted likewise
 //! alpha=X       the rule of SparseInfer (arXiv 2411.12692) with one alpha
 //! ```
 //!
-//! All run over the same windows against the model's own dense pass.
+//! All run over the same windows against the model's own dense pass, and each decodes some tokens of the text for its speed;
+//! `svd` has no kernel to decode with. Bytes are those of one token, of the MLPs alone: attention, its cache and the lm_head
+//! are the same for all.
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use format_spec::calibration::limit_from_alpha;
-use runtime::Model;
 use runtime::perplexity::LayerQuality;
+use runtime::{MlpMode, Model, Session, SessionOptions};
 use serde::Serialize;
 
 use crate::calibrate::{Bench, Text};
 use crate::predict::{
-    Fit, Kind, LayerSetting, LimitEffect, Masking, Measured, Reference, Search, Setting, measure,
+    Fit, Kind, LayerSetting, LimitEffect, Masking, Measured, Reference, Search, Setting, decoded, measure,
 };
 use crate::{PrepError, Progress};
 
 /// Divergences that kinds are fitted for.
 const TARGETS: [f64; 6] = [0.0003, 0.001, 0.003, 0.01, 0.03, 0.05];
+/// The one of them whose fit is corrected by what masked passes measure; the others follow from it.
+const FITTED_TARGET: f64 = 0.003;
+/// Alphas of the sign rule: from the paper's own to what a divergence of a few ten-thousandths takes.
+const ALPHAS: [f64; 7] = [1.0, 1.02, 1.05, 1.1, 1.15, 1.2, 1.3];
+/// Tokens of the text that are decoded to time them, and tokens before them.
+const N_DECODED: usize = 32;
+const N_PROMPT: usize = 16;
+/// Times that they are; the fastest counts, as others may use the machine too.
+const N_TIMES: usize = 3;
 
 /// What to compare.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Contender {
+    /// Every row of every matrix.
+    Dense,
     /// The file's own records.
     Stored,
     /// One kind for all layers, for several budgets.
@@ -43,9 +58,9 @@ pub enum Contender {
 impl Contender {
     /// What is compared where nothing is said.
     pub fn defaults() -> Vec<Self> {
-        let kinds = Kind::ALL.map(Self::Kind).into_iter();
-        let alphas = [1.0, 1.02, 1.05, 1.1].map(Self::Alpha);
-        [Self::Stored].into_iter().chain(kinds).chain([Self::Auto]).chain(alphas).collect()
+        let kinds = Kind::ALL.into_iter().filter(|kind| *kind != Kind::Exact).map(Self::Kind);
+        let first = [Self::Dense, Self::Kind(Kind::Exact), Self::Stored, Self::Auto];
+        first.into_iter().chain(kinds).chain(ALPHAS.map(Self::Alpha)).collect()
     }
 
     /// The contender that the command line calls so.
@@ -55,6 +70,7 @@ impl Contender {
     pub fn parse(name: &str) -> Result<Self, String> {
         let kind = Kind::ALL.into_iter().find(|kind| kind.name() == name);
         match (name, kind) {
+            ("dense", _) => Ok(Self::Dense),
             ("stored", _) => Ok(Self::Stored),
             ("auto", _) => Ok(Self::Auto),
             (_, Some(kind)) => Ok(Self::Kind(kind)),
@@ -63,8 +79,8 @@ impl Contender {
                 let alpha = alpha.filter(|alpha: &f64| alpha.is_finite() && *alpha >= 0.0);
                 alpha.map(Self::Alpha).ok_or_else(|| {
                     format!(
-                        "expected stored, exact, sign, sign-x8, w2, w3, auto or alpha=X with X at least 0, \
-                         found {name:?}"
+                        "expected dense, exact, stored, auto, sign, sign-x8, w2, w3, svd or alpha=X with X at least \
+                         0, found {name:?}"
                     )
                 })
             }
@@ -96,6 +112,10 @@ pub struct Evaluation {
     pub n_tokens: usize,
     /// Perplexity of the dense model.
     pub dense_ppl: f64,
+    /// Bytes of the MLPs that a dense token reads.
+    pub dense_mlp_bytes: f64,
+    /// What decoded: instruction set and threads.
+    pub backend: String,
     /// One row for each contender and budget.
     pub rows: Vec<EvalRow>,
 }
@@ -111,17 +131,25 @@ pub struct EvalRow {
     pub gate_bytes: f64,
     /// Predictor, gate, up and down bytes, over those of a dense pass.
     pub mlp_bytes: f64,
+    /// Predictor, gate, up and down bytes of a token.
+    pub bytes_per_token: f64,
     /// Share of rows kept.
     pub rows_kept: f64,
     /// Share of rows that are active.
     pub rows_active: f64,
+    /// Share of active rows that are kept, mean over layers.
+    pub recall: f64,
+    /// Share of the MLPs' output energy in rows left out, mean over layers.
+    pub missed_energy: f64,
     /// Perplexity, divergence and rows by layer.
     #[serde(flatten)]
     quality: Measured,
     /// Predictor of each layer.
     pub kinds: Vec<&'static str>,
-    /// Wall time of the masked pass, which computes every row.
-    pub seconds: f64,
+    /// Predictor, gate, up and down bytes of a token by layer.
+    pub layer_bytes: Vec<f64>,
+    /// Tokens decoded in a second; none where no kernel computes the predictor.
+    pub tok_per_s: Option<f64>,
 }
 
 /// Evaluates the model in `path`.
@@ -130,28 +158,27 @@ pub struct EvalRow {
 /// A file that cannot be read or was made without prediction, a text that is empty, a failed pass.
 pub fn eval(path: &Path, options: &EvalOptions, progress: &Progress) -> Result<Evaluation, PrepError> {
     let model = Model::open(path)?;
-    let tokenizer = model.layout().tokenizer(model.bytes())?;
-    let text = Text::load(Some(&options.text))?;
-    let mut own = Bench::new(&model, &tokenizer, &text, options.n_tokens as usize, options.n_threads)?;
-    let windows = own.windows.all();
-    let reference = own.reference(&windows, progress)?;
-
+    let stored: Vec<Kind> = model.layout().predictors().iter().map(Kind::of_record).collect();
     let mut kinds: Vec<Kind> = Vec::new();
     for contender in &options.contenders {
         match contender {
             Contender::Kind(kind) => kinds.push(*kind),
-            Contender::Auto => kinds.extend(Kind::ALL),
-            Contender::Stored => {
-                kinds.extend(model.layout().predictors().iter().map(Kind::of_record));
-            }
+            Contender::Auto => kinds.extend(Kind::CHOICES),
+            Contender::Dense | Contender::Stored => kinds.push(Kind::Exact),
             Contender::Alpha(_) => kinds.push(Kind::Sign),
         }
     }
     kinds.sort_by_key(|kind| kind.name());
     kinds.dedup();
-    if kinds != [Kind::Exact] && model.gate_planes(0).is_none() {
+    if kinds.iter().any(|kind| kind.n_planes() > 0) && model.gate_planes(0).is_none() {
         return Err(PrepError::NoSigns { path: path.to_owned() });
     }
+    let tokenizer = model.layout().tokenizer(model.bytes())?;
+    let text = Text::load(Some(&options.text))?;
+    let mut own = Bench::new(&model, &tokenizer, &text, options.n_tokens as usize, options.n_threads)?;
+    let windows = own.windows.all();
+    progress.begin("dense", windows.iter().map(|window| window.len() as u64).sum());
+    let reference = own.reference(&windows, progress)?;
 
     let built_in = Text::load(None)?;
     let n_fit = options.calibration_tokens as usize;
@@ -162,62 +189,52 @@ pub fn eval(path: &Path, options: &EvalOptions, progress: &Progress) -> Result<E
     let session = &mut fitting.session;
     let fit = Fit::run(session, &fit_windows, n_prefix, &kinds, options.n_threads, progress)?;
     let check = fitting.reference(&check_windows, progress)?;
-    let probe = Reference::new(&mut fitting.session, &fit_windows[..1], progress)?;
 
     progress.begin("evaluating", 0);
+    let mut evaluator = Evaluator {
+        decoding: Decoding::new(&model, &windows[0], options.n_threads)?,
+        own,
+        reference,
+        fit: &fit,
+        progress,
+    };
     let mut rows = Vec::new();
     for contender in &options.contenders {
         let (name, kinds) = match contender {
+            Contender::Dense => {
+                let exact = vec![Kind::Exact; fit.layers.len()];
+                rows.push(evaluator.row("dense".to_owned(), None, exact, &Masking::Dense)?);
+                continue;
+            }
             Contender::Stored => {
-                let stored: Vec<Kind> = model.layout().predictors().iter().map(Kind::of_record).collect();
-                let started = Instant::now();
-                let measured = measure(&mut own.session, &reference, &Masking::Stored, progress)?;
-                let seconds = started.elapsed().as_secs_f64();
-                rows.push(EvalRow::new("stored".to_owned(), None, &fit, stored, measured, seconds));
+                rows.push(evaluator.row("stored".to_owned(), None, stored.clone(), &Masking::Stored)?);
                 continue;
             }
             Contender::Alpha(alpha) => {
-                let setting = by_alpha(&fit, *alpha);
-                rows.push(evaluated(
-                    format!("alpha={alpha}"),
-                    None,
-                    &fit,
-                    &setting,
-                    &mut own,
-                    &reference,
-                    progress,
-                )?);
+                rows.push(evaluator.setting(format!("alpha={alpha}"), None, &by_alpha(&fit, *alpha))?);
                 continue;
             }
             Contender::Kind(Kind::Exact) => {
-                let setting = Setting::exact(&fit);
-                rows.push(evaluated(
-                    "exact".to_owned(),
-                    None,
-                    &fit,
-                    &setting,
-                    &mut own,
-                    &reference,
-                    progress,
-                )?);
+                rows.push(evaluator.setting("exact".to_owned(), None, &Setting::exact(&fit))?);
                 continue;
             }
             Contender::Kind(kind) => (kind.name(), vec![*kind]),
-            Contender::Auto => ("auto", Kind::ALL.to_vec()),
+            Contender::Auto => ("auto", Kind::CHOICES.to_vec()),
         };
-        let mut search = Search::new(&fit, &kinds, &mut fitting.session, &probe, progress)?;
+        let mut search = Search::new(&fit, &kinds, &mut fitting.session, &fit.reference, progress)?;
         let kinds = vec![kinds; fit.layers.len()];
+        search.for_divergence(&kinds, FITTED_TARGET, &mut fitting.session, &check, progress)?;
         for target in TARGETS {
-            let (setting, _) =
-                search.for_divergence(&kinds, target, &mut fitting.session, &check, progress)?;
-            let name = name.to_owned();
-            rows.push(evaluated(name, Some(target), &fit, &setting, &mut own, &reference, progress)?);
+            let setting = search.expecting(&kinds, target);
+            rows.push(evaluator.setting(name.to_owned(), Some(target), &setting)?);
         }
     }
     Ok(Evaluation {
         path: path.display().to_string(),
-        n_tokens: reference.n_tokens(),
-        dense_ppl: reference.dense_ppl,
+        n_tokens: evaluator.reference.n_tokens(),
+        dense_ppl: evaluator.reference.dense_ppl,
+        dense_mlp_bytes: fit.bytes.dense() * fit.layers.len() as f64,
+        backend: evaluator.decoding.session.backend(),
         rows,
     })
 }
@@ -229,19 +246,94 @@ fn by_alpha(fit: &Fit<'_>, alpha: f64) -> Setting {
     Setting { layers: fit.layers.iter().map(layer).collect() }
 }
 
-fn evaluated(
-    predictor: String,
-    target_kl: Option<f64>,
-    fit: &Fit<'_>,
-    setting: &Setting,
-    own: &mut Bench<'_>,
-    reference: &Reference,
-    progress: &Progress,
-) -> Result<EvalRow, PrepError> {
-    let started = Instant::now();
-    let measured = measure(&mut own.session, reference, &Masking::Setting(fit, setting), progress)?;
-    let kinds = setting.layers.iter().map(|layer| layer.kind).collect();
-    Ok(EvalRow::new(predictor, target_kl, fit, kinds, measured, started.elapsed().as_secs_f64()))
+/// What every row is measured with.
+struct Evaluator<'a, 'm> {
+    own: Bench<'m>,
+    reference: Reference,
+    fit: &'a Fit<'a>,
+    decoding: Decoding<'a>,
+    progress: &'a Progress,
+}
+
+impl Evaluator<'_, '_> {
+    fn setting(
+        &mut self,
+        predictor: String,
+        target_kl: Option<f64>,
+        setting: &Setting,
+    ) -> Result<EvalRow, PrepError> {
+        let kinds = setting.layers.iter().map(|layer| layer.kind).collect();
+        self.row(predictor, target_kl, kinds, &Masking::Setting(self.fit, setting))
+    }
+
+    fn row(
+        &mut self,
+        predictor: String,
+        target_kl: Option<f64>,
+        kinds: Vec<Kind>,
+        masking: &Masking<'_>,
+    ) -> Result<EvalRow, PrepError> {
+        let quality = measure(&mut self.own.session, &self.reference, masking, self.progress)?;
+        let tok_per_s = match masking {
+            Masking::Dense => Some(self.decoding.in_mode(MlpMode::Dense)?),
+            Masking::Stored => Some(self.decoding.in_mode(MlpMode::Stored)?),
+            Masking::Setting(_, setting) | Masking::OneLayerEach(_, setting) => {
+                self.decoding.with(self.fit, setting)?
+            }
+        };
+        let is_dense = matches!(masking, Masking::Dense);
+        Ok(EvalRow::new(predictor, target_kl, self.fit, kinds, is_dense, quality, tok_per_s))
+    }
+}
+
+/// A session that decodes some tokens of the text against the clock.
+struct Decoding<'a> {
+    session: Session<'a>,
+    tokens: Vec<u32>,
+}
+
+impl<'a> Decoding<'a> {
+    /// On the first tokens of `window`.
+    fn new(model: &'a Model, window: &[u32], n_threads: usize) -> Result<Self, PrepError> {
+        let tokens = window[..window.len().min(N_PROMPT + N_DECODED)].to_vec();
+        let options = SessionOptions {
+            n_positions_max: tokens.len(),
+            n_batch_max: N_PROMPT,
+            n_threads,
+            mode: MlpMode::Stored,
+            alpha_scale: 1.0,
+        };
+        Ok(Self { session: Session::new(model, &options)?, tokens })
+    }
+
+    fn in_mode(&mut self, mode: MlpMode) -> Result<f64, PrepError> {
+        self.session.set_mode(mode, 1.0)?;
+        self.tok_per_s()
+    }
+
+    fn with(&mut self, fit: &'a Fit<'a>, setting: &Setting) -> Result<Option<f64>, PrepError> {
+        let Some(layers) = decoded(fit, setting) else { return Ok(None) };
+        if !self.session.set_prediction(layers) {
+            return Ok(None);
+        }
+        self.tok_per_s().map(Some)
+    }
+
+    /// Of the tokens after the prompt, each after the one before it.
+    fn tok_per_s(&mut self) -> Result<f64, PrepError> {
+        let (prompt, tokens) = self.tokens.split_at((self.tokens.len() - 1).min(N_PROMPT));
+        let mut best = f64::INFINITY;
+        for _ in 0..N_TIMES {
+            self.session.reset();
+            self.session.prefill(prompt)?;
+            let started = Instant::now();
+            for &token in tokens {
+                self.session.decode(token)?;
+            }
+            best = best.min(started.elapsed().as_secs_f64());
+        }
+        Ok(tokens.len() as f64 / best)
+    }
 }
 
 impl EvalRow {
@@ -250,70 +342,110 @@ impl EvalRow {
         target_kl: Option<f64>,
         fit: &Fit<'_>,
         kinds: Vec<Kind>,
+        is_dense: bool,
         quality: Measured,
-        seconds: f64,
+        tok_per_s: Option<f64>,
     ) -> Self {
         let n_layers = kinds.len() as f64;
         let mean = |of: &dyn Fn(Kind, &LayerQuality) -> f64| {
             kinds.iter().zip(&quality.layers).map(|(&kind, layer)| of(kind, layer)).sum::<f64>() / n_layers
         };
+        let share = |kind, layer: &LayerQuality| {
+            let rows_active = if is_dense { 1.0 } else { layer.rows_active * layer.recall };
+            fit.bytes.mlp_share(kind, layer.rows_kept, rows_active)
+        };
+        let layers = kinds.iter().zip(&quality.layers);
+        let layer_bytes: Vec<f64> =
+            layers.map(|(&kind, layer)| fit.bytes.dense() * share(kind, layer)).collect();
         Self {
             predictor,
             target_kl,
             gate_bytes: mean(&|kind, layer| fit.bytes.gate_share(kind, layer.rows_kept)),
-            mlp_bytes: mean(&|kind, layer| {
-                fit.bytes.mlp_share(kind, layer.rows_kept, layer.rows_active * layer.recall)
-            }),
+            mlp_bytes: mean(&share),
+            bytes_per_token: layer_bytes.iter().sum(),
             rows_kept: mean(&|_, layer| layer.rows_kept),
             rows_active: mean(&|_, layer| layer.rows_active),
+            recall: mean(&|_, layer| layer.recall),
+            missed_energy: mean(&|_, layer| layer.missed_energy),
             kinds: kinds.iter().map(|kind| kind.name()).collect(),
+            layer_bytes,
             quality,
-            seconds,
+            tok_per_s,
         }
     }
 }
 
 impl Evaluation {
-    /// A table for people, and the rows by layer of the first contender.
+    /// A table for people, and the rows by layer of the file's own records, or else of the first contender.
     ///
     /// # Errors
     /// Those of `out`.
     pub fn write_text(&self, out: &mut dyn Write) -> io::Result<()> {
-        writeln!(out, "{}: {} tokens, dense perplexity {:.4}", self.path, self.n_tokens, self.dense_ppl)?;
         writeln!(
             out,
-            "\npredictor      for KL    KL mean     p99     max   top-1  perplexity     kept  gate bytes  MLP bytes"
+            "{}: {} tokens, dense perplexity {:.4}, {:.2} MB of MLP a token; {}",
+            self.path,
+            self.n_tokens,
+            self.dense_ppl,
+            self.dense_mlp_bytes / 1e6,
+            self.backend
         )?;
+        writeln!(
+            out,
+            "\n                     KL, nats a token                              rows            energy  gate and      MLP bytes a\n\
+             predictor   for KL      mean     p99     max   top-1  perplexity    kept  recall   missed  predictor          token   tok/s"
+        )?;
+        let mut last = "";
         for row in &self.rows {
+            if row.predictor != last && row.target_kl.is_some() {
+                writeln!(out)?;
+            }
+            last = &row.predictor;
             let target = row.target_kl.map_or_else(|| "-".to_owned(), |target| target.to_string());
             let quality = &row.quality;
+            let tok_per_s = row.tok_per_s.map_or_else(|| "-".to_owned(), |rate| format!("{rate:.1}"));
             writeln!(
                 out,
-                "{:13}  {target:>6}  {:>9.6}  {:.4}  {:>6.3}  {:>5.2}%  {:>5.4} ({:+.2}%)  {:>5.1}%  {:>9.1}%  {:>8.1}%",
+                "{:10}  {target:>6}  {:>8.6}  {:>6.4}  {:>6.3}  {:>5.2}%  {:>+9.2}%  {:>5.1}%  {:>5.1}%  {:>6.3}%  \
+                 {:>8.1}%  {:>8.2} {:>4.1}%  {tok_per_s:>6}",
                 row.predictor,
                 quality.kl_mean,
                 quality.kl_p99,
                 quality.kl_max,
                 100.0 * quality.top1_agreement,
-                quality.ppl,
                 100.0 * (quality.ppl / self.dense_ppl - 1.0),
                 100.0 * row.rows_kept,
+                100.0 * row.recall,
+                100.0 * row.missed_energy,
                 100.0 * row.gate_bytes,
-                100.0 * row.mlp_bytes
+                row.bytes_per_token / 1e6,
+                100.0 * row.mlp_bytes,
             )?;
         }
-        let Some(row) = self.rows.first() else { return Ok(()) };
-        writeln!(out, "\n{}\nlayer  predictor     kept   active   recall  energy missed", row.predictor)?;
-        for (idx, (layer, kind)) in row.quality.layers.iter().zip(&row.kinds).enumerate() {
+        let stored = self.rows.iter().find(|row| row.predictor == "stored");
+        let Some(row) = stored.or(self.rows.first()) else { return Ok(()) };
+        writeln!(
+            out,
+            "\n{}, by layer\nlayer  predictor     kept   active   recall  energy missed  MB a token",
+            row.predictor
+        )?;
+        let layers = row.quality.layers.iter().zip(&row.kinds).zip(&row.layer_bytes);
+        for (idx, ((layer, kind), bytes)) in layers.enumerate() {
             writeln!(
                 out,
-                "{idx:5}  {kind:9}  {:6.2}%  {:6.2}%  {:6.2}%  {:12.4}%",
+                "{idx:5}  {kind:9}  {:6.2}%  {:6.2}%  {:6.2}%  {:12.4}%  {:10.3}",
                 100.0 * layer.rows_kept,
                 100.0 * layer.rows_active,
                 100.0 * layer.recall,
-                100.0 * layer.missed_energy
+                100.0 * layer.missed_energy,
+                bytes / 1e6
             )?;
         }
+        writeln!(
+            out,
+            "\nMB are 10^6 bytes of the MLPs; percentages of bytes are of the dense ones.\n\
+             auto and the kinds are fitted on the built-in text for the divergence in the second column."
+        )?;
         Ok(())
     }
 }

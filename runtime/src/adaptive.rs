@@ -118,7 +118,10 @@ impl Adaptive {
                 return refuse(layer, "a missed energy", "none".to_owned());
             }
             control.target = control.target.max(MISSED_MIN);
-            control.at = control.place(limit).clamp(control.tightest, control.loosest);
+            // Rows may have offsets on the threshold, which the widest one above includes.
+            let own = |budget: Option<&[f32]>| budget.map_or(stored, |budget| budget[layer]);
+            let start = if record.kind.has_score() { own(budget) } else { limit };
+            control.at = control.place(start).clamp(control.tightest, control.loosest);
             layers.push(control);
         }
         Ok(Self { layers })

@@ -556,8 +556,7 @@ mod tests {
             let mut audit = Audit::new(options, vec![false, true, true], N_ROWS, self.rows.len());
             for token in &self.rows {
                 let Some(number) = audit.next_token() else { continue };
-                for layer in 1..N_LAYERS {
-                    let rows = &token[layer];
+                for (layer, rows) in token.iter().enumerate().skip(1) {
                     let kept = || rows.iter().filter(|row| row.0);
                     let sample = audit.draw(number, layer).iter().map(|&row| rows[row as usize]);
                     let skipped: Vec<f64> = sample.filter(|row| !row.0).map(|row| row.1).collect();
@@ -590,7 +589,8 @@ mod tests {
                 [layer.missed_energy, layer.recall][of]
             }
         };
-        let cases: [(f64, &dyn Fn(&AuditReport) -> Estimate); 6] = [
+        type Of<'a> = &'a dyn Fn(&AuditReport) -> Estimate;
+        let cases: [(f64, Of<'_>); 6] = [
             (text.truth(1)[0], &of_layer(0, 0)),
             (text.truth(1)[1], &of_layer(0, 1)),
             (text.truth(2)[0], &of_layer(1, 0)),

@@ -3,6 +3,8 @@
 //! One implementation per kind of device. A session checks tokens and positions before it calls an engine, so that an
 //! engine is about mathematics only.
 
+use kernels::BitPlanes;
+
 use crate::audit::Audit;
 use crate::session::{MlpObserver, Usage};
 use crate::{MlpMode, RuntimeError};
@@ -46,7 +48,7 @@ pub(crate) struct Batch<'a> {
 }
 
 /// The layers of a model on one device.
-pub(crate) trait Engine: std::fmt::Debug {
+pub(crate) trait Engine<'m>: std::fmt::Debug {
     /// For people: `cpu (avx512, 2 threads)`.
     fn describe(&self) -> String;
 
@@ -56,6 +58,12 @@ pub(crate) trait Engine: std::fmt::Debug {
     /// False if scores cannot be computed here: the session then asks for exact rows in their place.
     fn has_scores(&self) -> bool {
         true
+    }
+
+    /// Takes `planes`, one for each layer, in place of the file's. False if the engine cannot.
+    fn set_planes(&mut self, planes: &[Option<BitPlanes<'m>>]) -> bool {
+        let _ = planes;
+        false
     }
 
     /// Rows that decoding and masked batches read from now on, one choice per layer.
@@ -86,8 +94,8 @@ pub(crate) trait Engine: std::fmt::Debug {
         Err(RuntimeError::NoAudit { backend: self.describe() })
     }
 
-    /// Replaces the choice of one layer.
-    fn set_layer_rows(&mut self, layer: usize, rows: RowChoice);
+    /// The choice of one layer, to be moved.
+    fn layer_rows_mut(&mut self, layer: usize) -> &mut RowChoice;
 
     /// Appends a batch, computing every row.
     fn forward_batch(
@@ -107,6 +115,17 @@ impl RowChoice {
     /// True if gate rows are left out by prediction.
     pub(crate) fn is_predicted(&self) -> bool {
         !matches!(self, Self::All | Self::Active)
+    }
+
+    /// The limit on n_neg, or the threshold, the widest where rows have their own; none where nothing is predicted.
+    pub(crate) fn widest(&self) -> Option<f32> {
+        match self {
+            Self::All | Self::Active => None,
+            Self::Limit(limit) => Some(*limit as f32),
+            Self::RowLimits(limits) => limits.iter().max().map(|&limit| limit as f32),
+            Self::Threshold(threshold) => Some(*threshold),
+            Self::RowThresholds(thresholds) => thresholds.iter().copied().reduce(f32::min),
+        }
     }
 
     /// The choice of `mode` where the file's predictor would keep `stored` rows (`None`: it predicts nothing).

@@ -14,8 +14,8 @@
 
 use format_spec::{ModelConfig, RopeScaling};
 use kernels::{
-    AttentionScratch, AttentionShape, Cpu, Elements, Limits, Matvec, MlpCounts, MlpScratch, Rows, Thresholds,
-    bytes,
+    AttentionScratch, AttentionShape, BitPlanes, Cpu, Elements, Limits, Matvec, MlpCounts, MlpScratch, Rows,
+    Thresholds, bytes,
 };
 
 use crate::RuntimeError;
@@ -267,7 +267,7 @@ impl<'m> CpuEngine<'m> {
     }
 }
 
-impl Engine for CpuEngine<'_> {
+impl<'m> Engine<'m> for CpuEngine<'m> {
     fn describe(&self) -> String {
         let n_threads = self.cpu.n_threads();
         let plural = if n_threads == 1 { "" } else { "s" };
@@ -276,6 +276,13 @@ impl Engine for CpuEngine<'_> {
 
     fn n_batch(&self) -> usize {
         self.buffers.n_batch_max.min(N_BATCH)
+    }
+
+    fn set_planes(&mut self, planes: &[Option<BitPlanes<'m>>]) -> bool {
+        for (layer, &planes) in self.weights.layers.iter_mut().zip(planes) {
+            layer.planes = planes;
+        }
+        true
     }
 
     fn set_rows(&mut self, rows: Vec<RowChoice>) {
@@ -301,8 +308,8 @@ impl Engine for CpuEngine<'_> {
         self.step(token, position, usage, Some((audit, number)))
     }
 
-    fn set_layer_rows(&mut self, layer: usize, rows: RowChoice) {
-        self.rows[layer] = rows;
+    fn layer_rows_mut(&mut self, layer: usize) -> &mut RowChoice {
+        &mut self.rows[layer]
     }
 
     fn forward_batch(

@@ -24,6 +24,9 @@ pub use adaptive::{AdaptiveLayer, AdaptiveReport};
 pub use audit::{AuditOptions, AuditReport, Estimate, LayerAudit};
 pub use error::RuntimeError;
 pub use model::Model;
-pub use session::{LayerUsage, MlpBatch, MlpMode, MlpObserver, Session, SessionOptions, Usage};
+pub use session::{
+    LayerPrediction, LayerUsage, MlpBatch, MlpMode, MlpObserver, PredictionLimit, Session, SessionOptions,
+    Usage,
+};
 pub use text::{Ready, TextStream};
 pub use tokenizer::{Tokenizer, TokenizerError};

@@ -2,6 +2,7 @@
 
 use format_spec::calibration::{alpha_from_limit, limit_from_alpha};
 use format_spec::{BudgetPoint, PredictorKind, SectionKind};
+use kernels::BitPlanes;
 
 use crate::adaptive::Adaptive;
 use crate::audit::{Audit, AuditOptions, AuditReport, BatchAudit};
@@ -58,6 +59,26 @@ pub struct MlpBatch<'a> {
     pub skip: &'a [bool],
 }
 
+/// How a layer predicts, in place of what its record says.
+#[derive(Clone, Debug)]
+pub struct LayerPrediction<'m> {
+    /// W_gate in a few bits; an exact layer needs none.
+    pub planes: Option<BitPlanes<'m>>,
+    /// What is compared with them.
+    pub limit: PredictionLimit,
+}
+
+/// What decides whether a row is computed.
+#[derive(Clone, Debug, PartialEq)]
+pub enum PredictionLimit {
+    /// Nothing: every gate row is.
+    Exact,
+    /// The largest n_neg.
+    Signs(u32),
+    /// The smallest score, for each row.
+    Scores(Vec<f32>),
+}
+
 /// Sees every layer's MLP of a batch, in layer order.
 pub trait MlpObserver {
     /// True if [`MlpBatch::n_neg`] is to be filled.
@@ -100,7 +121,7 @@ pub struct LayerUsage {
 #[derive(Debug)]
 pub struct Session<'m> {
     model: &'m Model,
-    engine: Box<dyn Engine + 'm>,
+    engine: Box<dyn Engine<'m> + 'm>,
     n_positions: usize,
     n_positions_max: usize,
     n_batch_max: usize,
@@ -109,6 +130,8 @@ pub struct Session<'m> {
     budget: Option<Vec<f32>>,
     /// Layers whose predictor the backend lacks, so that they are exact.
     n_not_scored: usize,
+    /// The engine has planes of [`Session::set_prediction`].
+    has_own_planes: bool,
     usage: Usage,
     audit: Option<Audit>,
     adaptive: Option<Adaptive>,
@@ -136,7 +159,7 @@ impl<'m> Session<'m> {
             return Err(RuntimeError::ContextTooLong { wanted: options.n_positions_max, max });
         }
         let options = SessionOptions { n_batch_max: options.n_batch_max.max(1), ..options.clone() };
-        let engine: Box<dyn Engine + 'm> = match device {
+        let engine: Box<dyn Engine<'m> + 'm> = match device {
             Device::Cpu => Box::new(CpuEngine::new(model, &options)),
             Device::Cuda(index) => Box::new(CudaEngine::new(model, index as usize, &options)?),
             Device::Auto => match CudaEngine::first_that_fits(model, &options) {
@@ -153,6 +176,7 @@ impl<'m> Session<'m> {
             limits: Vec::new(),
             budget: None,
             n_not_scored: 0,
+            has_own_planes: false,
             usage: Usage::default(),
             audit: None,
             adaptive: None,
@@ -186,6 +210,10 @@ impl<'m> Session<'m> {
             let (path, found) = (self.model.path().to_owned(), records[layer].kind.name());
             return Err(RuntimeError::NoAlpha { path, layer, found });
         }
+        if self.has_own_planes {
+            let planes = (0..records.len()).map(|layer| self.model.gate_planes(layer));
+            self.has_own_planes = !self.engine.set_planes(&planes.collect::<Vec<_>>());
+        }
         let choice = |layer: usize| {
             let budget = self.budget.as_ref().map(|limits| limits[layer]);
             RowChoice::new(mode, stored_rows(self.model, layer, budget, alpha_scale))
@@ -200,16 +228,7 @@ impl<'m> Session<'m> {
                 self.n_not_scored += 1;
             }
         }
-        self.limits = rows
-            .iter()
-            .map(|choice| match choice {
-                RowChoice::All | RowChoice::Active => None,
-                RowChoice::Limit(limit) => Some(*limit as f32),
-                RowChoice::RowLimits(limits) => limits.iter().max().map(|&limit| limit as f32),
-                RowChoice::Threshold(threshold) => Some(*threshold),
-                RowChoice::RowThresholds(thresholds) => thresholds.iter().copied().reduce(f32::min),
-            })
-            .collect();
+        self.limits = rows.iter().map(RowChoice::widest).collect();
         if let Some(audit) = &mut self.audit {
             audit.restart(rows.iter().map(RowChoice::is_predicted));
         }
@@ -267,17 +286,46 @@ impl<'m> Session<'m> {
         }
     }
 
+    /// Predicts with `layers` in place of the file's records, until the next [`Session::set_mode`]; audits end. False, and
+    /// nothing changes, on a backend that takes no other planes than the file's.
+    ///
+    /// # Panics
+    /// If there is not one for each layer; in decoding, if a layer that is not exact has no planes.
+    pub fn set_prediction(&mut self, layers: Vec<LayerPrediction<'m>>) -> bool {
+        assert_eq!(layers.len(), self.model.config().num_hidden_layers as usize, "one for each layer");
+        let planes: Vec<Option<BitPlanes<'m>>> = layers.iter().map(|layer| layer.planes).collect();
+        if !self.engine.set_planes(&planes) {
+            return false;
+        }
+        self.has_own_planes = true;
+        (self.audit, self.adaptive) = (None, None);
+        let rows = layers.into_iter().map(|layer| match layer.limit {
+            PredictionLimit::Exact => RowChoice::Active,
+            PredictionLimit::Signs(limit) => RowChoice::Limit(limit),
+            PredictionLimit::Scores(thresholds) => RowChoice::RowThresholds(thresholds),
+        });
+        self.engine.set_rows(rows.collect());
+        true
+    }
+
     /// Takes the limits and thresholds that the file's budget curve has for a mean KL divergence of `kl` in place of
     /// those of its records, from the next [`Session::set_mode`] on: between the curve's points, a mixture of two.
     ///
     /// # Errors
-    /// [`RuntimeError::NoBudget`] for a file without a curve, [`RuntimeError::Format`] for a broken one.
+    /// [`RuntimeError::NoBudget`] for a file without a curve, [`RuntimeError::Format`] for a broken one,
+    /// [`RuntimeError::BudgetOutside`] beyond its ends.
     pub fn set_budget(&mut self, kl: f64) -> Result<(), RuntimeError> {
         let path = self.model.path();
         let curve = self.model.layout().budget_curve(self.model.bytes());
         let curve = curve.map_err(|error| RuntimeError::format(path, error))?;
         let curve = curve.ok_or_else(|| RuntimeError::NoBudget { path: path.to_owned() })?;
-        self.budget = Some(limits_for(&curve, kl));
+        let limits = limits_for(&curve, kl).map_err(|(min, max)| RuntimeError::BudgetOutside {
+            path: path.to_owned(),
+            min,
+            max,
+            found: kl,
+        })?;
+        self.budget = Some(limits);
         Ok(())
     }
 
@@ -454,8 +502,9 @@ impl<'m> Session<'m> {
     }
 }
 
-/// The limits of `curve` for a divergence of `kl`. Points whose divergence was not measured are left out.
-fn limits_for(curve: &[BudgetPoint], kl: f64) -> Vec<f32> {
+/// The limits of `curve` for a divergence of `kl`, or the ends that it lies beyond. Points whose divergence was not measured
+/// are left out.
+fn limits_for(curve: &[BudgetPoint], kl: f64) -> Result<Vec<f32>, (f32, f32)> {
     let measured = || curve.iter().filter(|point| point.kl.is_finite());
     let below = measured().filter(|point| f64::from(point.kl) <= kl).max_by(|a, b| a.kl.total_cmp(&b.kl));
     let above = measured().filter(|point| f64::from(point.kl) > kl).min_by(|a, b| a.kl.total_cmp(&b.kl));
@@ -465,10 +514,13 @@ fn limits_for(curve: &[BudgetPoint], kl: f64) -> Vec<f32> {
             let place = |point: &BudgetPoint| f64::from(point.kl).max(f64::from(f32::MIN_POSITIVE)).ln();
             let share = ((kl.ln() - place(below)) / (place(above) - place(below))).clamp(0.0, 1.0) as f32;
             let mixed = below.limits.iter().zip(&above.limits);
-            mixed.map(|(below, above)| below + share * (above - below)).collect()
+            Ok(mixed.map(|(below, above)| below + share * (above - below)).collect())
         }
-        (Some(only), None) | (None, Some(only)) => only.limits.clone(),
-        (None, None) => curve.first().map_or_else(Vec::new, |point| point.limits.clone()),
+        (Some(last), None) if f64::from(last.kl) >= kl => Ok(last.limits.clone()),
+        _ => {
+            let kls = || measured().map(|point| point.kl);
+            Err((kls().fold(f32::NAN, f32::min), kls().fold(f32::NAN, f32::max)))
+        }
     }
 }
 
@@ -497,27 +549,38 @@ fn stored_rows(model: &Model, layer: usize, budget: Option<f32>, alpha_scale: f6
             Some(RowChoice::RowLimits(scaled.collect()))
         }
         PredictorKind::SignX8 | PredictorKind::W2 | PredictorKind::W3 => {
-            Some(threshold_rows(model, layer, budget.unwrap_or(record.threshold)))
+            let threshold = budget.unwrap_or(record.threshold);
+            Some(match model.gate_offsets(layer) {
+                None => RowChoice::Threshold(threshold),
+                Some(offsets) => {
+                    RowChoice::RowThresholds(offsets.iter().map(|offset| threshold + offset).collect())
+                }
+            })
         }
     }
 }
 
-/// Rows of `layer` whose score is at least `threshold`, each with its offset where the file has them.
-fn threshold_rows(model: &Model, layer: usize, threshold: f32) -> RowChoice {
-    match model.gate_offsets(layer) {
-        None => RowChoice::Threshold(threshold),
-        Some(offsets) => RowChoice::RowThresholds(offsets.iter().map(|offset| threshold + offset).collect()),
-    }
-}
-
 /// Moves the limit on n_neg, or the threshold, of `layer` in a session's engine and in its `limits`.
-fn set_limit(model: &Model, engine: &mut dyn Engine, limits: &mut [Option<f32>], layer: usize, limit: f32) {
-    let rows = match model.layout().predictors()[layer].kind.has_score() {
-        true => threshold_rows(model, layer, limit),
-        false => RowChoice::Limit(limit as u32),
-    };
-    engine.set_layer_rows(layer, rows);
-    limits[layer] = Some(limit);
+fn set_limit<'m>(
+    model: &Model,
+    engine: &mut (dyn Engine<'m> + 'm),
+    limits: &mut [Option<f32>],
+    layer: usize,
+    moved: f32,
+) {
+    let rows = engine.layer_rows_mut(layer);
+    match rows {
+        RowChoice::All | RowChoice::Active | RowChoice::RowLimits(_) => {}
+        RowChoice::Limit(limit) => *limit = moved as u32,
+        RowChoice::Threshold(threshold) => *threshold = moved,
+        RowChoice::RowThresholds(thresholds) => {
+            // In place, as a decode step allocates nothing.
+            for (threshold, offset) in thresholds.iter_mut().zip(model.gate_offsets(layer).unwrap_or(&[])) {
+                *threshold = moved + offset;
+            }
+        }
+    }
+    limits[layer] = rows.widest();
 }
 
 #[cfg(test)]
@@ -528,10 +591,13 @@ mod tests {
     fn budgets_between_points_mix_their_limits() {
         let point = |kl, limit| BudgetPoint { kl, mlp_bytes: 0.5, limits: vec![limit, -limit] };
         let curve = [point(0.001, 200.0), point(f32::NAN, 7.0), point(0.004, 100.0)];
-        assert_eq!(limits_for(&curve, 0.001), [200.0, -200.0]);
-        assert_eq!(limits_for(&curve, 1e-9), [200.0, -200.0]);
-        assert_eq!(limits_for(&curve, 1.0), [100.0, -100.0]);
-        let middle = limits_for(&curve, 0.002);
+        let limits = |kl: f32| limits_for(&curve, f64::from(kl));
+        assert_eq!(limits(0.001), Ok(vec![200.0, -200.0]));
+        assert_eq!(limits(0.004), Ok(vec![100.0, -100.0]));
+        for outside in [1e-9, 0.000_99, 0.004_01, 1.0] {
+            assert_eq!(limits(outside), Err((0.001, 0.004)));
+        }
+        let middle = limits(0.002).expect("inside");
         assert!((middle[0] - 150.0).abs() < 0.01 && (middle[1] + 150.0).abs() < 0.01, "{middle:?}");
     }
 }

@@ -6,8 +6,10 @@ use kernels::{BitPlanes, Cpu};
 use runtime::{MlpBatch, MlpObserver, Model, Session};
 
 use super::histogram::{Activity, bin_of_score};
+use super::low_rank::LowRank;
+use super::offsets::RowLines;
 use super::planes::LowPlanes;
-use super::{Histogram, Kind, LimitEffect, MlpBytes};
+use super::{Histogram, Kind, LimitEffect, MlpBytes, Reference};
 use crate::{PrepError, Progress};
 
 /// What the dense pass found.
@@ -16,6 +18,8 @@ pub(crate) struct Fit<'m> {
     pub(crate) model: &'m Model,
     pub(crate) bytes: MlpBytes,
     pub(crate) layers: Vec<LayerFit>,
+    /// The logits of the pass, of as many of its windows as fit into memory.
+    pub(crate) reference: Reference,
 }
 
 /// What it found in one layer.
@@ -27,6 +31,9 @@ pub(crate) struct LayerFit {
     pub(crate) curves: HashMap<Kind, Vec<LimitEffect>>,
     /// The bits below the signs that each kind reads.
     low: HashMap<Kind, LowPlanes>,
+    /// What each kind with scores adds to the threshold of a row, `(intermediate_size,)`.
+    offsets: HashMap<Kind, Vec<f32>>,
+    low_rank: Option<LowRank>,
 }
 
 impl<'m> Fit<'m> {
@@ -44,17 +51,34 @@ impl<'m> Fit<'m> {
     ) -> Result<Self, PrepError> {
         let model = session.model();
         let mut observer = Observer::new(model, n_prefix, kinds, n_threads);
-        for window in windows {
-            session.reset();
-            session.forward_batch(window, false, None, Some(&mut observer))?;
-            progress.advance(window.len() as u64)?;
+        if kinds.contains(&Kind::Svd) {
+            let mut gates = Gates { n_prefix, layers: vec![Vec::new(); observer.layers.len()] };
+            for window in windows {
+                session.reset();
+                session.forward_batch(window, false, None, Some(&mut gates))?;
+                progress.check()?;
+            }
+            for (layer, (sums, gates)) in observer.layers.iter_mut().zip(gates.layers).enumerate() {
+                sums.low_rank = Some(LowRank::new(&observer.cpu, &model.w_gate(layer), &gates));
+            }
         }
+        let reference = Reference::new(session, windows, Some(&mut observer), progress)?;
         let energy = |sums: &LayerSums| sums.histograms[0].1.energy();
         if let Some(layer) = observer.layers.iter().position(|sums| !energy(sums).is_finite()) {
             return Err(PrepError::NotFinite { layer: layer as u32 });
         }
         let layers = observer.layers.into_iter().map(LayerSums::finish).collect();
-        Ok(Self { model, bytes: MlpBytes::new(model), layers })
+        Ok(Self { model, bytes: MlpBytes::new(model), layers, reference })
+    }
+
+    /// What `kind` adds to the threshold of each row of `layer`, `(intermediate_size,)`; empty for kinds without scores.
+    pub(crate) fn offsets(&self, layer: usize, kind: Kind) -> &[f32] {
+        self.layers[layer].offsets.get(&kind).map_or(&[], Vec::as_slice)
+    }
+
+    /// Gates of low rank of `layer`, where [`Kind::Svd`] was fitted.
+    pub(crate) fn low_rank(&self, layer: usize) -> Option<&LowRank> {
+        self.layers[layer].low_rank.as_ref()
     }
 
     /// The bits of W_gate that `kind` reads in `layer`.
@@ -67,6 +91,19 @@ impl<'m> Fit<'m> {
 fn planes_of<'a>(model: &'a Model, layer: usize, low: Option<&'a LowPlanes>) -> BitPlanes<'a> {
     let signs = model.gate_planes(layer).expect("a file made for prediction").signs;
     low.map_or(BitPlanes { signs, low: &[] }, |low| low.with(signs))
+}
+
+/// Gates of every layer, `(n_tokens, intermediate_size)`.
+struct Gates {
+    n_prefix: usize,
+    layers: Vec<Vec<f32>>,
+}
+
+impl MlpObserver for Gates {
+    fn mlp(&mut self, batch: &MlpBatch<'_>) {
+        let n_rows = batch.gate.len() / batch.n_tokens;
+        self.layers[batch.layer].extend_from_slice(&batch.gate[self.n_prefix * n_rows..]);
+    }
 }
 
 /// Fills the sums while the pass runs.
@@ -84,6 +121,9 @@ struct LayerSums {
     squared_norms: Vec<f64>,
     histograms: Vec<(Kind, Histogram)>,
     low: HashMap<Kind, LowPlanes>,
+    /// From the first window.
+    offsets: HashMap<Kind, Vec<f32>>,
+    low_rank: Option<LowRank>,
 }
 
 impl<'m> Observer<'m> {
@@ -93,16 +133,15 @@ impl<'m> Observer<'m> {
                 // Without a limit, what is active does not depend on the bin.
                 Kind::Exact => (kind, Histogram::new(0)),
                 Kind::Sign => (kind, Histogram::new(model.config().hidden_size)),
-                kind => (kind, Histogram::of_scores()),
+                Kind::SignX8 | Kind::W2 | Kind::W3 | Kind::Svd => (kind, Histogram::of_scores()),
             };
-            let with_planes = kinds.iter().filter(|kind| kind.record_kind().n_planes() > 1);
-            let low = |&kind: &Kind| {
-                (kind, LowPlanes::of(&model.w_gate(layer), kind.record_kind().n_planes() as usize))
-            };
+            let low = |&kind: &Kind| (kind, LowPlanes::of(&model.w_gate(layer), kind.n_planes()));
             LayerSums {
                 squared_norms: model.down_squared_norms(layer),
                 histograms: kinds.iter().map(histogram).collect(),
-                low: with_planes.map(low).collect(),
+                low: kinds.iter().filter(|kind| kind.n_planes() > 1).map(low).collect(),
+                offsets: HashMap::new(),
+                low_rank: None,
             }
         };
         Self {
@@ -118,22 +157,43 @@ impl<'m> Observer<'m> {
 
 impl MlpObserver for Observer<'_> {
     fn wants_n_neg(&self) -> bool {
-        true
+        self.layers[0].histograms.iter().any(|(kind, _)| *kind == Kind::Sign)
     }
 
     fn mlp(&mut self, batch: &MlpBatch<'_>) {
-        let LayerSums { squared_norms, histograms, low } = &mut self.layers[batch.layer];
+        let LayerSums { squared_norms, histograms, low, offsets, low_rank } = &mut self.layers[batch.layer];
         let n_rows = squared_norms.len();
         let rows = |token: usize| token * n_rows..(token + 1) * n_rows;
+        let activation = self.model.activation();
         for (kind, histogram) in histograms {
-            let is_scored = kind.record_kind().has_score();
-            if is_scored {
-                let planes = planes_of(self.model, batch.layer, low.get(kind));
-                self.scores.resize(batch.n_tokens * n_rows, 0);
-                self.scales.resize(batch.n_tokens, 0.0);
-                let (scores, scales) = (&mut self.scores, &mut self.scales);
-                let result = self.cpu.scores(&planes, batch.n_tokens, batch.x, scores, scales);
-                result.expect("the planes are of this layer");
+            let mut gates = Vec::new();
+            match kind {
+                Kind::Exact | Kind::Sign => {}
+                Kind::SignX8 | Kind::W2 | Kind::W3 => {
+                    let planes = planes_of(self.model, batch.layer, low.get(kind));
+                    self.scores.resize(batch.n_tokens * n_rows, 0);
+                    self.scales.resize(batch.n_tokens, 0.0);
+                    let (scores, scales) = (&mut self.scores, &mut self.scales);
+                    let result = self.cpu.scores(&planes, batch.n_tokens, batch.x, scores, scales);
+                    result.expect("the planes are of this layer");
+                    offsets.entry(*kind).or_insert_with(|| {
+                        let mut lines = RowLines::new(n_rows);
+                        for token in self.n_prefix..batch.n_tokens {
+                            let (rows, scale) = (rows(token), self.scales[token]);
+                            if scale > 0.0 {
+                                let scores =
+                                    self.scores[rows.clone()].iter().map(|&score| score as f32 / scale);
+                                let (gate, h) = (&batch.gate[rows.clone()], &batch.h[rows]);
+                                lines.add_token(scores, gate, h, squared_norms);
+                            }
+                        }
+                        lines.offsets(squared_norms, threshold_of(activation))
+                    });
+                }
+                Kind::Svd => {
+                    let low_rank = low_rank.as_ref().expect("made before this pass");
+                    gates = low_rank.gates(&self.cpu, batch.n_tokens, batch.x);
+                }
             }
             for token in self.n_prefix..batch.n_tokens {
                 let rows = rows(token);
@@ -141,7 +201,7 @@ impl MlpObserver for Observer<'_> {
                     gate: &batch.gate[rows.clone()],
                     h: &batch.h[rows.clone()],
                     squared_norms,
-                    activation: self.model.activation(),
+                    activation,
                 };
                 match kind {
                     Kind::Exact => histogram.add_token(std::iter::repeat_n(0, n_rows), &activity),
@@ -149,9 +209,15 @@ impl MlpObserver for Observer<'_> {
                     Kind::SignX8 | Kind::W2 | Kind::W3 => {
                         let scale = self.scales[token];
                         // Without a scale every row is kept.
-                        let bin =
-                            |&score: &i32| if scale > 0.0 { bin_of_score(score as f32 / scale) } else { 0 };
-                        histogram.add_token(self.scores[rows].iter().map(bin), &activity);
+                        let bin = |(&score, offset): (&i32, &f32)| match scale > 0.0 {
+                            true => bin_of_score(score as f32 / scale - offset),
+                            false => 0,
+                        };
+                        let scores = self.scores[rows].iter().zip(&offsets[kind]);
+                        histogram.add_token(scores.map(bin), &activity);
+                    }
+                    Kind::Svd => {
+                        histogram.add_token(gates[rows].iter().map(|&gate| bin_of_score(gate)), &activity);
                     }
                 }
             }
@@ -165,6 +231,16 @@ impl LayerSums {
             rows_active: self.histograms[0].1.rows_active(),
             curves: self.histograms.iter().map(|(kind, histogram)| (*kind, histogram.steps())).collect(),
             low: self.low,
+            offsets: self.offsets,
+            low_rank: self.low_rank,
         }
+    }
+}
+
+/// The gate from which on a row is active.
+fn threshold_of(activation: kernels::Activation) -> f64 {
+    match activation {
+        kernels::Activation::FatRelu(threshold) => f64::from(threshold),
+        kernels::Activation::Relu | kernels::Activation::Silu => 0.0,
     }
 }

@@ -2,10 +2,13 @@
 
 use kernels::{Cpu, Limits, Rows, Thresholds};
 use runtime::perplexity::{Distance, LayerQuality, Likelihood, RowObserver};
-use runtime::{MlpBatch, MlpObserver, Session};
+use runtime::{LayerPrediction, MlpBatch, MlpObserver, PredictionLimit, Session};
 
 use super::{Fit, Kind, Setting};
 use crate::{PrepError, Progress};
+
+/// Most bytes of dense logits that are kept to compare with.
+const MAX_LOGITS_BYTES: usize = 256 << 20;
 
 /// A text with the dense model's logits.
 #[derive(Debug)]
@@ -22,10 +25,14 @@ pub(crate) struct Reference {
 /// Which rows a measured pass leaves out.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Masking<'a> {
+    /// None.
+    Dense,
     /// Those that the file's records leave out.
     Stored,
     /// Those that a setting of fitted predictors leaves out.
     Setting(&'a Fit<'a>, &'a Setting),
+    /// Those that a setting leaves out, of position t in layer t modulo the number of layers alone.
+    OneLayerEach(&'a Fit<'a>, &'a Setting),
 }
 
 /// Quality of a masked pass.
@@ -43,34 +50,47 @@ pub(crate) struct Measured {
     pub(crate) top1_agreement: f64,
     /// By layer.
     pub(crate) layers: Vec<LayerQuality>,
+    /// Mean divergence over the positions t of each residue modulo the number of layers.
+    #[serde(skip)]
+    pub(crate) kl_by_residue: Vec<f64>,
 }
 
 impl Reference {
-    /// Runs `windows` densely.
+    /// Runs `windows` densely, for `observer` to see, and keeps the logits of the first of them, as many as fit into
+    /// memory and one at least.
     ///
     /// # Errors
     /// A failed pass, [`PrepError::Interrupted`].
     pub(crate) fn new(
         session: &mut Session<'_>,
         windows: &[Vec<u32>],
+        mut observer: Option<&mut dyn MlpObserver>,
         progress: &Progress,
     ) -> Result<Self, PrepError> {
         let vocab_size = session.model().config().vocab_size as usize;
-        let n_positions: usize = windows.iter().map(|window| window.len() - 1).sum();
-        let mut logits = vec![0.0; n_positions * vocab_size];
-        let (mut rest, mut likelihood) = (&mut logits[..], Likelihood::default());
+        let (mut kept, mut likelihood) = (Vec::new(), Likelihood::default());
+        let (mut logits, mut of_window) = (Vec::new(), Vec::new());
         for window in windows {
-            let (inputs, targets) = (&window[..window.len() - 1], &window[1..]);
-            let (out, after) = rest.split_at_mut(inputs.len() * vocab_size);
-            session.reset();
-            session.forward_batch(inputs, false, Some(out), None)?;
-            for (logits, &target) in out.chunks_exact(vocab_size).zip(targets) {
-                likelihood.add(logits, target);
+            let n_kept = (window.len() - 1) * vocab_size;
+            let keeps = kept.is_empty() || 4 * (logits.len() + n_kept) <= MAX_LOGITS_BYTES;
+            if !keeps && observer.is_none() {
+                break;
             }
-            rest = after;
-            progress.check()?;
+            of_window.resize(window.len() * vocab_size, 0.0);
+            session.reset();
+            let observer = observer.as_mut().map(|observer| &mut **observer as &mut dyn MlpObserver);
+            session.forward_batch(window, false, keeps.then_some(&mut of_window), observer)?;
+            if keeps {
+                for (logits, &target) in of_window.chunks_exact(vocab_size).zip(&window[1..]) {
+                    likelihood.add(logits, target);
+                }
+                // The last position predicts nothing of this window.
+                logits.extend_from_slice(&of_window[..n_kept]);
+                kept.push(window.clone());
+            }
+            progress.advance(window.len() as u64)?;
         }
-        Ok(Self { windows: windows.to_vec(), logits, vocab_size, dense_ppl: likelihood.mean().exp() })
+        Ok(Self { windows: kept, logits, vocab_size, dense_ppl: likelihood.mean().exp() })
     }
 
     /// Tokens predicted.
@@ -90,55 +110,107 @@ pub(crate) fn measure(
     progress: &Progress,
 ) -> Result<Measured, PrepError> {
     let vocab_size = reference.vocab_size;
-    let mut observer = Observer { masking, cpu: Cpu::new(0), rows: RowObserver::new(session.model()) };
-    let (mut distance, mut likelihood) = (Distance::default(), Likelihood::default());
+    let n_layers = session.model().config().num_hidden_layers as usize;
+    let mut observer =
+        Observer { masking, n_layers, cpu: Cpu::new(0), rows: RowObserver::new(session.model()) };
+    let mut distance = Distance::default();
+    let (mut own, mut dense_likelihood) = (Likelihood::default(), Likelihood::default());
     let mut divergences = Vec::with_capacity(reference.n_tokens());
+    let mut residues = vec![(0.0, 0.0); n_layers];
     let mut dense = reference.logits.chunks_exact(vocab_size);
     let mut logits = Vec::new();
     for window in &reference.windows {
         let (inputs, targets) = (&window[..window.len() - 1], &window[1..]);
         logits.resize(inputs.len() * vocab_size, 0.0);
         session.reset();
-        session.forward_batch(inputs, true, Some(&mut logits), Some(&mut observer))?;
-        for ((logits, dense), &target) in logits.chunks_exact(vocab_size).zip(&mut dense).zip(targets) {
-            likelihood.add(logits, target);
-            divergences.push(distance.add(dense, logits));
+        let is_masked = !matches!(masking, Masking::Dense);
+        session.forward_batch(inputs, is_masked, Some(&mut logits), Some(&mut observer))?;
+        let positions = logits.chunks_exact(vocab_size).zip(&mut dense).zip(targets);
+        for (position, ((logits, dense), &target)) in positions.enumerate() {
+            own.add(logits, target);
+            dense_likelihood.add(dense, target);
+            let divergence = distance.add(dense, logits);
+            let (sum, n) = &mut residues[position % n_layers];
+            *sum += divergence;
+            *n += 1.0;
+            divergences.push(divergence);
         }
         progress.check()?;
     }
     divergences.sort_by(f64::total_cmp);
-    let divergence = distance.divergence(&likelihood);
+    let divergence = distance.divergence(&dense_likelihood);
     Ok(Measured {
-        ppl: likelihood.mean().exp(),
+        ppl: own.mean().exp(),
         kl_mean: divergence.kl_mean,
         kl_p99: divergences.get(divergences.len() * 99 / 100).copied().unwrap_or(0.0),
         kl_max: divergence.kl_max,
         top1_agreement: divergence.top1_agreement,
         layers: observer.rows.layers(session, 1.0),
+        kl_by_residue: residues.into_iter().map(|(sum, n)| if n > 0.0 { sum / n } else { 0.0 }).collect(),
     })
+}
+
+/// What decoding needs to leave out the rows of `setting`; none where it has a kind that no kernel computes.
+pub(crate) fn decoded<'a>(fit: &'a Fit<'a>, setting: &Setting) -> Option<Vec<LayerPrediction<'a>>> {
+    let layers = setting.layers.iter().enumerate().map(|(layer, setting)| {
+        let limit = match setting.kind {
+            Kind::Exact => PredictionLimit::Exact,
+            Kind::Sign => PredictionLimit::Signs(setting.effect.limit),
+            Kind::SignX8 | Kind::W2 | Kind::W3 => {
+                PredictionLimit::Scores(thresholds(setting.limit(), fit.offsets(layer, setting.kind)))
+            }
+            Kind::Svd => return None,
+        };
+        let planes = (setting.kind != Kind::Exact).then(|| fit.planes(layer, setting.kind));
+        Some(LayerPrediction { planes, limit })
+    });
+    layers.collect()
+}
+
+/// The least score of each row.
+fn thresholds(threshold: f32, offsets: &[f32]) -> Vec<f32> {
+    offsets.iter().map(|offset| threshold + offset).collect()
 }
 
 struct Observer<'a> {
     masking: &'a Masking<'a>,
+    n_layers: usize,
     cpu: Cpu,
     rows: RowObserver,
 }
 
 impl MlpObserver for Observer<'_> {
     fn mask(&mut self, layer: usize, n_tokens: usize, x: &[f32], skip: &mut [bool]) -> bool {
-        let Masking::Setting(fit, setting) = self.masking else { return false };
+        let (fit, setting) = match self.masking {
+            Masking::Dense | Masking::Stored => return false,
+            Masking::Setting(fit, setting) | Masking::OneLayerEach(fit, setting) => (fit, setting),
+        };
         let setting = &setting.layers[layer];
-        let planes = fit.planes(layer, setting.kind);
+        let planes = || fit.planes(layer, setting.kind);
+        let of_rows: Vec<f32>;
         let rows = match setting.kind {
             Kind::Exact => Rows::Active,
             Kind::Sign => {
-                Rows::Predicted { signs: planes.signs, limits: Limits::Layer(setting.effect.limit) }
+                Rows::Predicted { signs: planes().signs, limits: Limits::Layer(setting.effect.limit) }
             }
             Kind::SignX8 | Kind::W2 | Kind::W3 => {
-                Rows::Scored { planes, thresholds: Thresholds::Layer(setting.limit()) }
+                of_rows = thresholds(setting.limit(), fit.offsets(layer, setting.kind));
+                Rows::Scored { planes: planes(), thresholds: Thresholds::PerRow(&of_rows) }
+            }
+            Kind::Svd => {
+                let low_rank = fit.low_rank(layer).expect("fitted, as a setting has it");
+                for (skip, gate) in skip.iter_mut().zip(low_rank.gates(&self.cpu, n_tokens, x)) {
+                    *skip = gate < setting.limit();
+                }
+                return true;
             }
         };
         self.cpu.predict(&rows, n_tokens, x, skip).expect("the planes are of this layer");
+        if let Masking::OneLayerEach(..) = self.masking {
+            let n_rows = skip.len() / n_tokens;
+            let others = skip.chunks_exact_mut(n_rows).enumerate();
+            others.filter(|(token, _)| token % self.n_layers != layer).for_each(|(_, skip)| skip.fill(false));
+        }
         true
     }
 

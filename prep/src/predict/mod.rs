@@ -8,7 +8,9 @@
 
 mod fit;
 mod histogram;
+mod low_rank;
 mod measure;
+mod offsets;
 mod planes;
 mod search;
 
@@ -16,7 +18,8 @@ use format_spec::{PredictorKind, PredictorRecord};
 
 pub(crate) use fit::{Fit, LayerFit};
 pub(crate) use histogram::{Histogram, LimitEffect};
-pub(crate) use measure::{Masking, Measured, Reference, measure};
+pub(crate) use low_rank::rank_of;
+pub(crate) use measure::{Masking, Measured, Reference, decoded, measure};
 pub(crate) use search::{LayerSetting, Search, Setting, budgets};
 
 /// A way to predict that `prep` can calibrate.
@@ -32,11 +35,15 @@ pub enum Kind {
     W2,
     /// W_gate in 3 bits times the input in 8.
     W3,
+    /// W_gate in low rank, f16. `prep` measures it to compare with; no file holds it.
+    Svd,
 }
 
 impl Kind {
     /// All of them, by what they read.
-    pub const ALL: [Self; 5] = [Self::Exact, Self::Sign, Self::SignX8, Self::W2, Self::W3];
+    pub const ALL: [Self; 6] = [Self::Exact, Self::Sign, Self::SignX8, Self::Svd, Self::W2, Self::W3];
+    /// Those that are worth a choice: `Sign` reads what `SignX8` reads, and foretells less.
+    pub const CHOICES: [Self; 4] = [Self::Exact, Self::SignX8, Self::W2, Self::W3];
 
     /// As on the command line.
     pub fn name(self) -> &'static str {
@@ -46,18 +53,25 @@ impl Kind {
             Self::SignX8 => "sign-x8",
             Self::W2 => "w2",
             Self::W3 => "w3",
+            Self::Svd => "svd",
         }
     }
 
-    /// The code of its records.
-    pub(crate) fn record_kind(self) -> PredictorKind {
+    /// The code of its records, if there is one.
+    pub(crate) fn record_kind(self) -> Option<PredictorKind> {
         match self {
-            Self::Exact => PredictorKind::Off,
-            Self::Sign => PredictorKind::Sign,
-            Self::SignX8 => PredictorKind::SignX8,
-            Self::W2 => PredictorKind::W2,
-            Self::W3 => PredictorKind::W3,
+            Self::Exact => Some(PredictorKind::Off),
+            Self::Sign => Some(PredictorKind::Sign),
+            Self::SignX8 => Some(PredictorKind::SignX8),
+            Self::W2 => Some(PredictorKind::W2),
+            Self::W3 => Some(PredictorKind::W3),
+            Self::Svd => None,
         }
+    }
+
+    /// Planes of bits that it reads.
+    pub(crate) fn n_planes(self) -> usize {
+        self.record_kind().map_or(0, |kind| kind.n_planes() as usize)
     }
 
     /// The kind that a record names; a limit for each row counts as a limit.
@@ -77,6 +91,8 @@ impl Kind {
 pub(crate) struct MlpBytes {
     /// Rows.
     pub(crate) n_rows: f64,
+    /// Columns of W_gate.
+    n_cols: f64,
     /// Of a row of W_gate, and of W_up and W_down each.
     pub(crate) row: f64,
     /// Of one plane of bits.
@@ -88,7 +104,7 @@ impl MlpBytes {
         let config = model.config();
         let (n_rows, n_cols) = (f64::from(config.intermediate_size), f64::from(config.hidden_size));
         let row = n_cols * model.w_gate(0).data.element_bytes() as f64;
-        Self { n_rows, row, plane: n_rows * 4.0 * f64::from(config.hidden_size.div_ceil(32)) }
+        Self { n_rows, n_cols, row, plane: n_rows * 4.0 * f64::from(config.hidden_size.div_ceil(32)) }
     }
 
     /// What predicting with `kind` reads.
@@ -96,13 +112,24 @@ impl MlpBytes {
         match kind {
             Kind::Exact => 0.0,
             Kind::Sign => self.plane,
-            kind => self.plane * f64::from(kind.record_kind().n_planes()),
+            // Planes and an offset for each row.
+            Kind::SignX8 | Kind::W2 | Kind::W3 => self.plane * kind.n_planes() as f64 + 4.0 * self.n_rows,
+            // Two factors and a bias in f16.
+            Kind::Svd => {
+                let rank = rank_of(self.n_rows as usize, self.n_cols as usize) as f64;
+                2.0 * (rank * (self.n_rows + self.n_cols) + self.n_rows)
+            }
         }
     }
 
     /// Predictor and gate rows of a token, over a dense W_gate.
     pub(crate) fn gate_share(&self, kind: Kind, rows_kept: f64) -> f64 {
         self.predictor(kind) / (self.n_rows * self.row) + rows_kept
+    }
+
+    /// Bytes of the three dense matrices.
+    pub(crate) fn dense(&self) -> f64 {
+        3.0 * self.n_rows * self.row
     }
 
     /// Everything that a token reads, over the three dense matrices.

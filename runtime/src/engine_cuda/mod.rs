@@ -240,7 +240,7 @@ impl<'m> ModelState<'m> {
     }
 }
 
-impl Engine for CudaEngine<'_> {
+impl<'m> Engine<'m> for CudaEngine<'m> {
     fn n_batch(&self) -> usize {
         self.prompt.n_batch_max()
     }
@@ -259,10 +259,10 @@ impl Engine for CudaEngine<'_> {
         self.rows = rows;
     }
 
-    fn set_layer_rows(&mut self, layer: usize, rows: RowChoice) {
+    fn layer_rows_mut(&mut self, layer: usize) -> &mut RowChoice {
         self.graph = None;
         self.state.limits = None;
-        self.rows[layer] = rows;
+        &mut self.rows[layer]
     }
 
     fn decode(&mut self, token: u32, position: usize, usage: &mut Usage) -> Result<(), RuntimeError> {

@@ -1,0 +1,175 @@
+//! Gates of low rank, to compare with: a whitened singular value decomposition.
+//!
+//! Of all matrices of rank r, this one has the least mean square error of the gate over a text (Eckart and Young, applied
+//! to the gates instead of the weights, which is what whitening by the inputs' covariance amounts to):
+//!
+//! ```text
+//! g ~ U (V x) + b        U (f, r): principal directions of the gates        V = U^T W_gate        b = mean g - U U^T mean g
+//! ```
+//!
+//! Source: SVDP, arXiv 2603.14110, which predicts with whitened factors of rank 256 and a bias for each row. The directions
+//! are found by subspace iteration from the gates of the first tokens.
+
+use kernels::{Cpu, Elements, Matrix};
+
+/// Iterations; the subspace turns by the ratio of singular values beyond and within it each time.
+const N_ITERATIONS: usize = 8;
+
+/// `U`, `V` and `b` of a layer.
+#[derive(Clone, Debug)]
+pub(crate) struct LowRank {
+    rank: usize,
+    /// Transposed, `(rank, f)`.
+    u_t: Vec<f32>,
+    /// `(rank, d)`.
+    v: Vec<f32>,
+    /// `(f,)`.
+    bias: Vec<f32>,
+}
+
+/// The rank that takes the share of a dense W_gate that rank 256 takes in a 7B Llama (4096 inputs, 11008 rows).
+pub(crate) fn rank_of(n_rows: usize, n_cols: usize) -> usize {
+    let share = 256.0 * f64::from(4096 + 11008) / (4096.0 * 11008.0);
+    let rank = share * n_rows as f64 * n_cols as f64 / (n_rows + n_cols) as f64;
+    (rank.round() as usize).max(1)
+}
+
+impl LowRank {
+    /// From `gates (n_tokens, f)` of `w_gate`; of a lower rank where there are fewer tokens.
+    pub(crate) fn new(cpu: &Cpu, w_gate: &Matrix<'_>, gates: &[f32]) -> Self {
+        let (f, d) = (w_gate.n_rows, w_gate.n_cols);
+        let n_tokens = gates.len() / f;
+        let rank = rank_of(f, d).min(n_tokens);
+        let mut mean = vec![0.0_f64; f];
+        for gate in gates.chunks_exact(f) {
+            mean.iter_mut().zip(gate).for_each(|(mean, &g)| *mean += f64::from(g) / n_tokens as f64);
+        }
+        let centred: Vec<f32> =
+            gates.iter().enumerate().map(|(idx, &g)| (f64::from(g) - mean[idx % f]) as f32).collect();
+        let centred = Matrix { data: Elements::F32(&centred), n_rows: n_tokens, n_cols: f };
+
+        // The first tokens span a subspace to start from.
+        let mut u_t = gates[..rank * f].to_vec();
+        orthonormalise(&mut u_t, f);
+        let mut coordinates = vec![0.0; rank * n_tokens];
+        for _ in 0..N_ITERATIONS {
+            product(cpu.matmul(&centred, rank, &u_t, &mut coordinates, false));
+            product(cpu.matmul_t(&centred, rank, &coordinates, &mut u_t, false));
+            orthonormalise(&mut u_t, f);
+        }
+        let mut v = vec![0.0; rank * d];
+        product(cpu.matmul_t(w_gate, rank, &u_t, &mut v, false));
+        let mut bias = mean.clone();
+        for u in u_t.chunks_exact(f) {
+            let along: f64 = u.iter().zip(&mean).map(|(&u, mean)| f64::from(u) * mean).sum();
+            bias.iter_mut().zip(u).for_each(|(bias, &u)| *bias -= along * f64::from(u));
+        }
+        Self { rank, u_t, v, bias: bias.into_iter().map(|bias| bias as f32).collect() }
+    }
+
+    /// Gates as they are foretold, `(n_tokens, f)`, for `x (n_tokens, d)`.
+    pub(crate) fn gates(&self, cpu: &Cpu, n_tokens: usize, x: &[f32]) -> Vec<f32> {
+        let (d, f) = (self.v.len() / self.rank, self.bias.len());
+        let v = Matrix { data: Elements::F32(&self.v), n_rows: self.rank, n_cols: d };
+        let u_t = Matrix { data: Elements::F32(&self.u_t), n_rows: self.rank, n_cols: f };
+        let mut inner = vec![0.0; n_tokens * self.rank];
+        product(cpu.matmul(&v, n_tokens, x, &mut inner, false));
+        let mut gates: Vec<f32> = self.bias.iter().copied().cycle().take(n_tokens * f).collect();
+        product(cpu.matmul_t(&u_t, n_tokens, &inner, &mut gates, true));
+        gates
+    }
+}
+
+fn product(result: Result<(), kernels::ShapeError>) {
+    result.expect("the shapes are those of the factors");
+}
+
+/// Gram and Schmidt over rows of `n_cols`, twice, so that rounding leaves them orthogonal. A row that depends on those
+/// before it becomes zero.
+fn orthonormalise(rows: &mut [f32], n_cols: usize) {
+    let n_rows = rows.len() / n_cols;
+    for row in 0..n_rows {
+        let (before, rest) = rows.split_at_mut(row * n_cols);
+        let current = &mut rest[..n_cols];
+        let length_before = norm(current);
+        for _ in 0..2 {
+            for other in before.chunks_exact(n_cols) {
+                let along: f64 =
+                    other.iter().zip(&*current).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
+                current.iter_mut().zip(other).for_each(|(v, &o)| *v -= along as f32 * o);
+            }
+        }
+        let length = norm(current);
+        let factor = if length > 1e-6 * length_before { 1.0 / length } else { 0.0 };
+        current.iter_mut().for_each(|v| *v = (f64::from(*v) * factor) as f32);
+    }
+}
+
+fn norm(row: &[f32]) -> f64 {
+    row.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>().sqrt()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Numbers without a pattern in -1..1.
+    fn noise(n: usize, seed: u32) -> Vec<f32> {
+        let mut state = seed;
+        let next = |_| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        };
+        (0..n).map(next).collect()
+    }
+
+    #[test]
+    fn the_rank_takes_the_bytes_of_256_at_7b() {
+        assert_eq!(rank_of(11008, 4096), 256);
+        assert_eq!(rank_of(1376, 512), 32);
+        assert_eq!(rank_of(1, 1), 1);
+    }
+
+    /// Weights whose rank is the factors' own give the gates themselves, also for inputs with a mean.
+    #[test]
+    fn gates_of_a_matrix_of_low_rank_are_exact() {
+        let (f, d, n_tokens) = (96, 64, 40);
+        let rank = rank_of(f, d);
+        let cpu = Cpu::new(1);
+        let (left, right) = (noise(f * rank, 1), noise(rank * d, 2));
+        let right = Matrix { data: Elements::F32(&right), n_rows: rank, n_cols: d };
+        let mut w = vec![0.0; f * d];
+        product(cpu.matmul_t(&right, f, &left, &mut w, false));
+        let w = Matrix { data: Elements::F32(&w), n_rows: f, n_cols: d };
+        let x: Vec<f32> = noise(n_tokens * d, 3).iter().map(|v| v + 0.5).collect();
+        let mut gates = vec![0.0; n_tokens * f];
+        product(cpu.matmul(&w, n_tokens, &x, &mut gates, false));
+        let found = LowRank::new(&cpu, &w, &gates).gates(&cpu, n_tokens, &x);
+        for (found, gate) in found.iter().zip(&gates) {
+            assert!((found - gate).abs() < 1e-3, "{found} is not {gate}");
+        }
+    }
+
+    /// Directions of much energy come first: with noise on top, the rest is no larger than the noise.
+    #[test]
+    fn the_strongest_directions_are_found() {
+        let (f, n_tokens) = (96, 200);
+        let rank = rank_of(f, f);
+        let w = noise(f * f, 4);
+        let w: Vec<f32> =
+            w.iter().enumerate().map(|(i, w)| if i / f < rank { 10.0 * w } else { 0.1 * w }).collect();
+        let w = Matrix { data: Elements::F32(&w), n_rows: f, n_cols: f };
+        let (cpu, x) = (Cpu::new(1), noise(n_tokens * f, 5));
+        let mut gates = vec![0.0; n_tokens * f];
+        product(cpu.matmul(&w, n_tokens, &x, &mut gates, false));
+        let found = LowRank::new(&cpu, &w, &gates).gates(&cpu, n_tokens, &x);
+        let rest: f64 = found.iter().zip(&gates).map(|(a, b)| f64::from(a - b).powi(2)).sum();
+        let noise: f64 = gates
+            .iter()
+            .enumerate()
+            .filter(|(idx, _)| idx % f >= rank)
+            .map(|(_, g)| f64::from(*g).powi(2))
+            .sum();
+        assert!(rest <= 1.01 * noise, "{rest} of {noise}");
+    }
+}
