@@ -4,7 +4,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use integration_tests::bundled_sinf;
-use runtime::{MlpMode, Model, Session, SessionOptions};
+use runtime::{AuditOptions, MlpMode, Model, Session, SessionOptions};
 
 static N_ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
 
@@ -37,10 +37,13 @@ fn n_allocations(f: impl FnOnce()) -> u64 {
 fn a_decode_step_allocates_nothing() {
     assert!(n_allocations(|| drop(std::hint::black_box(Box::new(1)))) > 0, "the allocator counts");
     let model = Model::open(bundled_sinf()).expect("the converted model opens");
-    for mode in [MlpMode::Stored, MlpMode::Exact, MlpMode::Dense] {
+    let adaptive = AuditOptions { every: 1, seed: 1, adaptive: true };
+    let cases = [MlpMode::Stored, MlpMode::Exact, MlpMode::Dense].map(|mode| (mode, None));
+    for (mode, audit) in cases.into_iter().chain([(MlpMode::Stored, Some(adaptive))]) {
         let options =
             SessionOptions { n_positions_max: 64, n_batch_max: 8, n_threads: 2, mode, alpha_scale: 1.0 };
         let mut session = Session::new(&model, &options).expect("a session");
+        session.set_audit(audit).expect("the file predicts");
         session.prefill(&[1, 325, 3299, 2064]).expect("the prompt");
         session.decode(300).expect("the first token");
         // The fewest of several stretches: a worker that the system starts late allocates while it starts.
@@ -53,6 +56,6 @@ fn a_decode_step_allocates_nothing() {
                 })
             })
             .min();
-        assert_eq!(fewest, Some(0), "{mode:?}: allocations in 8 decode steps");
+        assert_eq!(fewest, Some(0), "{mode:?}, {audit:?}: allocations in 8 decode steps");
     }
 }

@@ -5,6 +5,7 @@
     reason = "figures and skipped checks are for the reader of the log"
 )]
 
+mod audit;
 mod cli;
 mod convert;
 mod failures;
