@@ -33,6 +33,8 @@ const ROW_MULTIPLE: usize = 8;
 const MLP_ROWS: usize = 128;
 /// Rows in a chunk of an audit.
 const AUDIT_ROWS: usize = 32;
+/// Rows of an audit that share one pass over x.
+const AUDIT_DOTS: usize = 4;
 /// Columns of the widest slice of down.
 const SLICE_MAX: usize = 1024;
 /// Columns of the narrowest slice of down.
@@ -571,36 +573,59 @@ unsafe fn audit_chunk<L: Lanes>(args: &Audit<'_>, chunk: usize) {
     let mut sums = MlpAudit::default();
     // SAFETY: rows lie in the matrices; the chunk's own sums.
     unsafe {
-        let energy = |row: usize, h: f32| {
-            let norm = with_elements!(args.w.down_t.data, w => squares::<L, _>(w.add(row * n_cols), n_cols));
-            f64::from(h) * f64::from(h) * f64::from(norm)
-        };
         if chunk < n_sample_chunks {
-            let sample = args.sample[part(chunk, args.sample.len())].iter().map(|&row| row as usize);
-            let mut skipped = sample.filter(|&row| args.skip[row]).peekable();
-            while let Some(row) = skipped.next() {
-                let next = skipped.peek().copied().unwrap_or(row);
-                let gate = with_elements!(args.w.gate.data, w => {
-                    dot::<L, _, 1>([w.add(row * n_cols)], n_cols, x, [w.add(next * n_cols)])[0]
-                });
+            let (mut skipped, mut gates) = ([0; AUDIT_ROWS], [0.0; AUDIT_ROWS]);
+            let mut n_skipped = 0;
+            for &row in &args.sample[part(chunk, args.sample.len())] {
+                skipped[n_skipped] = row as usize;
+                n_skipped += usize::from(args.skip[row as usize]);
+            }
+            let skipped = &skipped[..n_skipped];
+            with_elements!(args.w.gate.data, w => {
+                // Several rows at once and the next ones asked for: nothing of them is in a cache.
+                let mut i = 0;
+                while i < n_skipped {
+                    let at = |i: usize| w.wrapping_add(skipped[i.min(n_skipped - 1)] * n_cols);
+                    let rows: [_; AUDIT_DOTS] = std::array::from_fn(|r| at(i + r));
+                    let next: [_; AUDIT_DOTS] = std::array::from_fn(|r| at(i + AUDIT_DOTS + r));
+                    let dots = dot::<L, _, AUDIT_DOTS>(rows, n_cols, x, next);
+                    let n = AUDIT_DOTS.min(n_skipped - i);
+                    gates[i..i + n].copy_from_slice(&dots[..n]);
+                    i += n;
+                }
+            });
+            sums.n_skipped = n_skipped;
+            for (&row, gate) in skipped.iter().zip(gates) {
                 let gate = args.activation.apply(gate);
-                sums.n_skipped += 1;
                 if gate != 0.0 {
                     let up = with_elements!(args.w.up.data, w => {
                         let w = w.add(row * n_cols);
                         dot::<L, _, 1>([w], n_cols, x, [w])[0]
                     });
                     sums.n_missed += 1;
-                    sums.missed_energy += energy(row, gate * up);
+                    sums.missed_energy += energy::<L>(&args.w.down_t, row, gate * up);
                 }
             }
         } else {
             let part = part(chunk - n_sample_chunks, args.rows.len());
-            let kept = args.rows[part.clone()].iter().zip(&args.h[part]);
-            sums.kept_energy = kept.map(|(&row, &h)| energy(row as usize, h)).sum();
+            for (&row, &h) in args.rows[part.clone()].iter().zip(&args.h[part]) {
+                sums.kept_energy += energy::<L>(&args.w.down_t, row as usize, h);
+            }
         }
         args.sums.slice(chunk, 1)[0] = sums;
     }
+}
+
+/// `(h |w_t[row]|)^2`. No closure, as those do not take on the instruction set of the function around them.
+///
+/// # Safety
+/// The row lies in the matrix, the processor has the instruction set of `L`.
+#[inline(always)]
+unsafe fn energy<L: Lanes>(w_t: &Matrix<'_>, row: usize, h: f32) -> f64 {
+    let n_cols = w_t.n_cols;
+    // SAFETY: the caller's promise.
+    let norm = unsafe { with_elements!(w_t.data, w => squares::<L, _>(w.add(row * n_cols), n_cols)) };
+    f64::from(h) * f64::from(h) * f64::from(norm)
 }
 
 /// `sum_c w[c]^2`, in the order of [`dot`].
