@@ -46,7 +46,7 @@ pub struct CalibrationOptions {
     pub n_tokens: u32,
     /// How much may be missed.
     pub target: Target,
-    /// The kind of every layer where it saves bytes; `None` chooses for each.
+    /// The kind of every layer where it saves bytes, one that a file can hold; `None` chooses for each.
     pub kind: Option<Kind>,
 }
 
@@ -61,10 +61,10 @@ pub enum Target {
 }
 
 impl CalibrationOptions {
-    /// What is taken where nothing is said. A divergence of 0.001 costs about 0.1 % of perplexity, less than the step
-    /// from f32 to 8-bit weights does, and the bytes saved by a larger one are few: see the curve of `prep eval`.
+    /// What is taken where nothing is said: the largest round divergence that keeps the perplexity of both trained models
+    /// within 0.2 % of dense on text unlike the built-in one. Twice the tokens move the curve of bytes by less than 1 %.
     pub const DEFAULT: &Self =
-        &Self { text: None, n_tokens: 10_240, target: Target::Divergence(0.001), kind: None };
+        &Self { text: None, n_tokens: 2048, target: Target::Divergence(0.0007), kind: None };
 
     /// The kinds that a layer may take; one that reads more than it saves is left out in favour of none.
     fn kinds(&self) -> Vec<Kind> {

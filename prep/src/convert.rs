@@ -266,6 +266,9 @@ impl<'a> Plan<'a> {
     }
 
     fn calibrated(options: &'a CalibrationOptions) -> Result<Self, PrepError> {
+        if let Some(kind) = options.kind.filter(|kind| kind.record_kind().is_none()) {
+            return Err(PrepError::KindNotStored { kind: kind.name() });
+        }
         Ok(Self::Calibrated(Text::load(options.text.as_deref())?, options))
     }
 }
@@ -483,6 +486,17 @@ mod tests {
             bytes.push(quality.mlp_bytes);
         }
         assert!(bytes[1] < bytes[0] && bytes[0] < 0.5, "{bytes:?}");
+    }
+
+    #[test]
+    fn a_kind_that_files_cannot_hold_is_refused() {
+        let folder = tempfile::tempdir().expect("a scratch folder");
+        let calibration = CalibrationOptions { kind: Some(Kind::Svd), ..CalibrationOptions::DEFAULT.clone() };
+        let options = options(Some(Predictor::Calibrated(calibration)));
+        let result = convert(&bundled(), &folder.path().join("out.sinf"), &options, &Progress::silent());
+        let error = result.expect_err("refused");
+        assert!(error.to_string().contains("svd") && error.hint().is_some(), "{error}");
+        assert_eq!(std::fs::read_dir(folder.path()).expect("readable").count(), 0);
     }
 
     #[test]

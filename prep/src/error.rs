@@ -165,6 +165,12 @@ pub enum PrepError {
         /// config.json.
         path: PathBuf,
     },
+    /// A kind of predictor that files cannot hold was asked for.
+    #[error("predictor: expected a kind that a file can hold, found {kind}")]
+    KindNotStored {
+        /// Its name.
+        kind: &'static str,
+    },
     /// A file without sign words was to be evaluated.
     #[error("{}: expected sign words, found a file made without prediction", path.display())]
     NoSigns {
@@ -233,6 +239,9 @@ impl PrepError {
                 Some("the weights are damaged or not those of config.json; --alpha needs no forward pass")
             }
             Self::NotSparse { .. } => Some("--predictor exact computes every gate row"),
+            Self::KindNotStored { .. } => {
+                Some("prep eval measures it; files hold exact, sign, sign-x8, w2 and w3")
+            }
             Self::NoSigns { .. } => Some("convert the model again, with any predictor but exact"),
             Self::Runtime(error) => error.hint(),
             _ => None,

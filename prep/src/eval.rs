@@ -35,8 +35,10 @@ const FITTED_TARGET: f64 = 0.003;
 /// Alphas of the sign rule: from the paper's own to what a divergence of a few ten-thousandths takes.
 const ALPHAS: [f64; 7] = [1.0, 1.02, 1.05, 1.1, 1.15, 1.2, 1.3];
 /// Tokens of the text that are decoded to time them, and tokens before them.
-const N_DECODED: usize = 48;
+const N_DECODED: usize = 32;
 const N_PROMPT: usize = 16;
+/// Times that they are; the fastest counts, as others may use the machine too.
+const N_TIMES: usize = 3;
 
 /// What to compare.
 #[derive(Clone, Debug, PartialEq)]
@@ -320,13 +322,17 @@ impl<'a> Decoding<'a> {
     /// Of the tokens after the prompt, each after the one before it.
     fn tok_per_s(&mut self) -> Result<f64, PrepError> {
         let (prompt, tokens) = self.tokens.split_at((self.tokens.len() - 1).min(N_PROMPT));
-        self.session.reset();
-        self.session.prefill(prompt)?;
-        let started = Instant::now();
-        for &token in tokens {
-            self.session.decode(token)?;
+        let mut best = f64::INFINITY;
+        for _ in 0..N_TIMES {
+            self.session.reset();
+            self.session.prefill(prompt)?;
+            let started = Instant::now();
+            for &token in tokens {
+                self.session.decode(token)?;
+            }
+            best = best.min(started.elapsed().as_secs_f64());
         }
-        Ok(tokens.len() as f64 / started.elapsed().as_secs_f64())
+        Ok(tokens.len() as f64 / best)
     }
 }
 
@@ -437,8 +443,8 @@ impl Evaluation {
         }
         writeln!(
             out,
-            "\nMB are 10^6 bytes of the MLPs; percentages of bytes are of the dense ones. auto and the kinds are fitted on the \
-             built-in text for the divergence in the second column."
+            "\nMB are 10^6 bytes of the MLPs; percentages of bytes are of the dense ones.\n\
+             auto and the kinds are fitted on the built-in text for the divergence in the second column."
         )?;
         Ok(())
     }

@@ -60,7 +60,7 @@ pub(crate) trait Engine<'m>: std::fmt::Debug {
     }
 
     /// Takes `planes`, one for each layer, in place of the file's. False if the engine cannot.
-    fn set_planes(&mut self, planes: &[BitPlanes<'m>]) -> bool {
+    fn set_planes(&mut self, planes: &[Option<BitPlanes<'m>>]) -> bool {
         let _ = planes;
         false
     }

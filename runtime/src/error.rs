@@ -62,6 +62,18 @@ pub enum RuntimeError {
         /// The file.
         path: String,
     },
+    /// A budget was asked for that the file's curve does not reach.
+    #[error("{path}: expected a budget from {min} to {max} by the file's curve, found {found}")]
+    BudgetOutside {
+        /// The file.
+        path: String,
+        /// Least mean KL divergence of the curve.
+        min: f32,
+        /// Largest.
+        max: f32,
+        /// What was asked for.
+        found: f64,
+    },
     /// The CUDA device cannot do it.
     #[error(transparent)]
     Cuda(#[from] kernels::cuda::CudaError),
@@ -94,6 +106,9 @@ impl RuntimeError {
                 Some("prep convert FOLDER OUT.sinf makes a .sinf file of a model folder")
             }
             Self::NoBudget { .. } => Some("convert the model again without --alpha and --predictor exact"),
+            Self::BudgetOutside { .. } => {
+                Some("convert the model again with --target-kl for budgets beyond the curve")
+            }
             Self::ContextFull { .. } => Some("raise -c/--ctx-size or shorten the prompt"),
             Self::Cuda(error) => error.hint(),
             Self::ContextTooLong { .. } => Some("lower -c/--ctx-size; longer contexts give strange text"),

@@ -238,9 +238,9 @@ impl<'m> Engine<'m> for CpuEngine<'m> {
         self.buffers.n_batch_max.min(N_BATCH)
     }
 
-    fn set_planes(&mut self, planes: &[BitPlanes<'m>]) -> bool {
+    fn set_planes(&mut self, planes: &[Option<BitPlanes<'m>>]) -> bool {
         for (layer, &planes) in self.weights.layers.iter_mut().zip(planes) {
-            layer.planes = Some(planes);
+            layer.planes = planes;
         }
         true
     }

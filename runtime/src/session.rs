@@ -60,8 +60,8 @@ pub struct MlpBatch<'a> {
 /// How a layer predicts, in place of what its record says.
 #[derive(Clone, Debug)]
 pub struct LayerPrediction<'m> {
-    /// W_gate in a few bits.
-    pub planes: BitPlanes<'m>,
+    /// W_gate in a few bits; an exact layer needs none.
+    pub planes: Option<BitPlanes<'m>>,
     /// What is compared with them.
     pub limit: PredictionLimit,
 }
@@ -192,7 +192,7 @@ impl<'m> Session<'m> {
     pub fn set_mode(&mut self, mode: MlpMode, alpha_scale: f64) {
         let n_layers = self.model.config().num_hidden_layers;
         if self.has_own_planes {
-            let planes = (0..n_layers as usize).map_while(|layer| self.model.gate_planes(layer));
+            let planes = (0..n_layers as usize).map(|layer| self.model.gate_planes(layer));
             self.has_own_planes = !self.engine.set_planes(&planes.collect::<Vec<_>>());
         }
         let choice = |layer: u32| {
@@ -226,10 +226,10 @@ impl<'m> Session<'m> {
     /// changes, on a backend that takes no other planes than the file's.
     ///
     /// # Panics
-    /// If there is not one for each layer.
+    /// If there is not one for each layer; in decoding, if a layer that is not exact has no planes.
     pub fn set_prediction(&mut self, layers: Vec<LayerPrediction<'m>>) -> bool {
         assert_eq!(layers.len(), self.model.config().num_hidden_layers as usize, "one for each layer");
-        let planes: Vec<BitPlanes<'m>> = layers.iter().map(|layer| layer.planes).collect();
+        let planes: Vec<Option<BitPlanes<'m>>> = layers.iter().map(|layer| layer.planes).collect();
         if !self.engine.set_planes(&planes) {
             return false;
         }
@@ -247,13 +247,20 @@ impl<'m> Session<'m> {
     /// those of its records, from the next [`Session::set_mode`] on: between the curve's points, a mixture of two.
     ///
     /// # Errors
-    /// [`RuntimeError::NoBudget`] for a file without a curve, [`RuntimeError::Format`] for a broken one.
+    /// [`RuntimeError::NoBudget`] for a file without a curve, [`RuntimeError::Format`] for a broken one,
+    /// [`RuntimeError::BudgetOutside`] beyond its ends.
     pub fn set_budget(&mut self, kl: f64) -> Result<(), RuntimeError> {
         let path = self.model.path();
         let curve = self.model.layout().budget_curve(self.model.bytes());
         let curve = curve.map_err(|error| RuntimeError::format(path, error))?;
         let curve = curve.ok_or_else(|| RuntimeError::NoBudget { path: path.to_owned() })?;
-        self.budget = Some(limits_for(&curve, kl));
+        let limits = limits_for(&curve, kl).map_err(|(min, max)| RuntimeError::BudgetOutside {
+            path: path.to_owned(),
+            min,
+            max,
+            found: kl,
+        })?;
+        self.budget = Some(limits);
         Ok(())
     }
 
@@ -380,8 +387,9 @@ impl<'m> Session<'m> {
     }
 }
 
-/// The limits of `curve` for a divergence of `kl`. Points whose divergence was not measured are left out.
-fn limits_for(curve: &[BudgetPoint], kl: f64) -> Vec<f32> {
+/// The limits of `curve` for a divergence of `kl`, or the ends that it lies beyond. Points whose divergence was not measured
+/// are left out.
+fn limits_for(curve: &[BudgetPoint], kl: f64) -> Result<Vec<f32>, (f32, f32)> {
     let measured = || curve.iter().filter(|point| point.kl.is_finite());
     let below = measured().filter(|point| f64::from(point.kl) <= kl).max_by(|a, b| a.kl.total_cmp(&b.kl));
     let above = measured().filter(|point| f64::from(point.kl) > kl).min_by(|a, b| a.kl.total_cmp(&b.kl));
@@ -391,10 +399,13 @@ fn limits_for(curve: &[BudgetPoint], kl: f64) -> Vec<f32> {
             let place = |point: &BudgetPoint| f64::from(point.kl).max(f64::from(f32::MIN_POSITIVE)).ln();
             let share = ((kl.ln() - place(below)) / (place(above) - place(below))).clamp(0.0, 1.0) as f32;
             let mixed = below.limits.iter().zip(&above.limits);
-            mixed.map(|(below, above)| below + share * (above - below)).collect()
+            Ok(mixed.map(|(below, above)| below + share * (above - below)).collect())
         }
-        (Some(only), None) | (None, Some(only)) => only.limits.clone(),
-        (None, None) => curve.first().map_or_else(Vec::new, |point| point.limits.clone()),
+        (Some(last), None) if f64::from(last.kl) >= kl => Ok(last.limits.clone()),
+        _ => {
+            let kls = || measured().map(|point| point.kl);
+            Err((kls().fold(f32::NAN, f32::min), kls().fold(f32::NAN, f32::max)))
+        }
     }
 }
 
@@ -446,10 +457,13 @@ mod tests {
     fn budgets_between_points_mix_their_limits() {
         let point = |kl, limit| BudgetPoint { kl, mlp_bytes: 0.5, limits: vec![limit, -limit] };
         let curve = [point(0.001, 200.0), point(f32::NAN, 7.0), point(0.004, 100.0)];
-        assert_eq!(limits_for(&curve, 0.001), [200.0, -200.0]);
-        assert_eq!(limits_for(&curve, 1e-9), [200.0, -200.0]);
-        assert_eq!(limits_for(&curve, 1.0), [100.0, -100.0]);
-        let middle = limits_for(&curve, 0.002);
+        let limits = |kl: f32| limits_for(&curve, f64::from(kl));
+        assert_eq!(limits(0.001), Ok(vec![200.0, -200.0]));
+        assert_eq!(limits(0.004), Ok(vec![100.0, -100.0]));
+        for outside in [1e-9, 0.000_99, 0.004_01, 1.0] {
+            assert_eq!(limits(outside), Err((0.001, 0.004)));
+        }
+        let middle = limits(0.002).expect("inside");
         assert!((middle[0] - 150.0).abs() < 0.01 && (middle[1] + 150.0).abs() < 0.01, "{middle:?}");
     }
 }

@@ -9,4 +9,5 @@ mod cli;
 mod convert;
 mod failures;
 mod golden;
+mod predictors;
 mod python_reader;

@@ -161,7 +161,8 @@ pub(crate) fn decoded<'a>(fit: &'a Fit<'a>, setting: &Setting) -> Option<Vec<Lay
             }
             Kind::Svd => return None,
         };
-        Some(LayerPrediction { planes: fit.planes(layer, setting.kind), limit })
+        let planes = (setting.kind != Kind::Exact).then(|| fit.planes(layer, setting.kind));
+        Some(LayerPrediction { planes, limit })
     });
     layers.collect()
 }
