@@ -149,10 +149,10 @@ pub struct ReportArgs {
     /// UTF-8 text to measure every kind of predictor on, as prep eval does [default: show what the file holds].
     #[arg(long, value_name = "FILE")]
     pub text: Option<PathBuf>,
-    /// Most tokens of it [default: 8192].
+    /// Most tokens of it [default: that of prep eval].
     #[arg(long, requires = "text", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub tokens: Option<u32>,
-    /// Most tokens of the built-in text that kinds are fitted on [default: 10240].
+    /// Most tokens of the built-in text that kinds are fitted on [default: that of prep eval].
     #[arg(long, requires = "text", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub calibration_tokens: Option<u32>,
     /// Threads; 0 takes one for each available core [default: 0].

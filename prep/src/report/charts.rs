@@ -9,14 +9,14 @@ use plotters::chart::{ChartBuilder, ChartContext};
 use plotters::coord::Shift;
 use plotters::coord::types::RangedCoordf64;
 use plotters::drawing::{DrawingArea, DrawingAreaErrorKind, IntoDrawingArea};
-use plotters::element::{Circle, PathElement, Polygon, Rectangle, Text};
+use plotters::element::{Circle, EmptyElement, PathElement, Polygon, Rectangle, Text};
 use plotters::prelude::{Cartesian2d, SVGBackend};
 use plotters::series::LineSeries;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use plotters::style::{Color, IntoFont, RGBColor, ShapeStyle, TRANSPARENT, TextStyle};
 
 /// Width of a chart in its own units, chosen so that its texts can be read on a telephone.
-const WIDTH: u32 = 420;
+const WIDTH: u32 = 380;
 /// Size of texts. plotters takes a font's height for its size, which is 1.24 times that of CSS.
 const FONT: f64 = 13.0 * 1.24;
 
@@ -31,8 +31,10 @@ pub(super) enum Role {
     Ink,
     /// Lines of the mesh.
     Grid,
-    /// What is compared with.
+    /// Bars of what is compared with.
     Base,
+    /// Bars of what is compared.
+    Own,
     /// One of several series, below [`Role::N_SERIES`].
     Series(u8),
     /// What was chosen.
@@ -48,7 +50,7 @@ impl Role {
     pub(super) const N_SERIES: u8 = 8;
 
     fn all() -> impl Iterator<Item = Self> {
-        [Self::Ink, Self::Grid, Self::Base, Self::Chosen]
+        [Self::Ink, Self::Grid, Self::Base, Self::Own, Self::Chosen]
             .into_iter()
             .chain((0..Self::N_SERIES).map(Self::Series))
     }
@@ -59,6 +61,7 @@ impl Role {
             Self::Ink => "ink".to_owned(),
             Self::Grid => "grid".to_owned(),
             Self::Base => "base".to_owned(),
+            Self::Own => "own".to_owned(),
             Self::Chosen => "chosen".to_owned(),
             Self::Series(series) => format!("s{series}"),
         }
@@ -70,7 +73,8 @@ impl Role {
             Self::Ink => RGBColor(1, 0, 0),
             Self::Grid => RGBColor(2, 0, 0),
             Self::Base => RGBColor(3, 0, 0),
-            Self::Chosen => RGBColor(4, 0, 0),
+            Self::Own => RGBColor(4, 0, 0),
+            Self::Chosen => RGBColor(5, 0, 0),
             Self::Series(series) => RGBColor(0, 1 + series % Self::N_SERIES, 0),
         }
     }
@@ -85,7 +89,8 @@ impl Svg {
         &self.0
     }
 
-    /// `label`: what the chart says, for those who do not see it; none for a picture that says nothing new.
+    /// A drawing of `size`. `label`: what the chart says, for those who do not see it; none for a picture that says
+    /// nothing new.
     fn draw(size: (u32, u32), label: Option<&str>, draw: impl FnOnce(&Area<'_>) -> Drawn) -> Self {
         let mut drawn = String::new();
         {
@@ -155,7 +160,7 @@ pub(super) fn bars(label: &str, x_desc: &str, bars: &[Bar]) -> Svg {
                 Rectangle::new([(0.0, top - from), (value, top - to)], role.colour().filled())
             };
             chart.draw_series([bar_at(0.42, 0.62, bar.dense, Role::Base)])?;
-            chart.draw_series(bar.own.map(|own| bar_at(0.66, 0.86, own, Role::Series(0))))?;
+            chart.draw_series(bar.own.map(|own| bar_at(0.66, 0.86, own, Role::Own)))?;
             chart.draw_series([Text::new(bar.title.clone(), (0.0, top - 0.22), title.clone())])?;
         }
         Ok(())
@@ -219,10 +224,15 @@ pub(super) fn trade_offs(label: &str, x_desc: &str, curves: &[TradeOff], chosen:
         let mut chart = ChartBuilder::on(area)
             .margin(10)
             .x_label_area_size(46)
-            .y_label_area_size(70)
+            .y_label_area_size(76)
             .build_cartesian_2d((x.0 - margin).max(0.0)..x.1 + margin, low..high)?;
         let divergence = |y: &f64| trimmed(10f64.powf(*y));
-        mesh(&mut chart, (x_desc, &|x| trimmed(*x)), ("KL, nats a token", &divergence), 8)?;
+        mesh(
+            &mut chart,
+            (x_desc, &|x| trimmed(*x)),
+            ("KL, nats a token", &divergence),
+            1 + (high - low) as usize,
+        )?;
         for of in curves {
             let points: Vec<(f64, f64)> = of.points.iter().map(|point| (point.0, point.1.log10())).collect();
             curve(&mut chart, of.role, &points)?;
@@ -238,23 +248,21 @@ pub(super) fn trade_offs(label: &str, x_desc: &str, curves: &[TradeOff], chosen:
 
 /// A piece of a curve, for the legend.
 pub(super) fn key(role: Role) -> Svg {
-    Svg::draw((34, 16), None, |area| {
-        if role != Role::Base && role != Role::Chosen {
-            area.draw(&PathElement::new([(1, 8), (33, 8)], role.line(2)))?;
+    Svg::draw((34, 16), None, |area| match role {
+        Role::Base | Role::Own => area.draw(&Rectangle::new([(3, 3), (31, 13)], role.colour().filled())),
+        Role::Chosen => {
+            area.draw(&Circle::new((17, 8), 7, role.line(2)))?;
+            area.draw(&Circle::new((17, 8), 3, role.colour().filled()))
         }
-        match role {
-            Role::Base => area.draw(&Rectangle::new([(3, 3), (31, 13)], role.colour().filled())),
-            Role::Chosen => {
-                area.draw(&Circle::new((17, 8), 7, role.line(2)))?;
-                area.draw(&Circle::new((17, 8), 3, role.colour().filled()))
-            }
-            role => match marker(role) {
+        role => {
+            area.draw(&PathElement::new([(1, 8), (33, 8)], role.line(2)))?;
+            match marker(role) {
                 Marker::Disc => area.draw(&Circle::new((17, 8), 4, role.colour().filled())),
                 Marker::Shape(corners) => {
                     let corners: Vec<(i32, i32)> = corners.iter().map(|(x, y)| (17 + x, 8 + y)).collect();
                     area.draw(&Polygon::new(corners, role.colour().filled()))
                 }
-            },
+            }
         }
     })
 }
@@ -306,14 +314,9 @@ fn curve(chart: &mut Chart<'_, '_>, role: Role, points: &[(f64, f64)]) -> Drawn 
             chart.draw_series(points.iter().map(|&at| Circle::new(at, 4, style)))?;
         }
         Marker::Shape(corners) => {
-            for at in points {
-                let (x, y) = chart.backend_coord(at);
-                let corners: Vec<(i32, i32)> = corners.iter().map(|(dx, dy)| (x + dx, y + dy)).collect();
-                chart
-                    .plotting_area()
-                    .strip_coord_spec()
-                    .draw(&Polygon::new(corners, role.colour().filled()))?;
-            }
+            let style = role.colour().filled();
+            let shape = |&at: &(f64, f64)| EmptyElement::at(at) + Polygon::new(corners, style);
+            chart.draw_series(points.iter().map(shape))?;
         }
     }
     Ok(())
@@ -327,4 +330,32 @@ pub(super) fn trimmed(value: f64) -> String {
     let n_decimals = (2.0 - value.abs().log10().floor()).clamp(0.0, 9.0) as usize;
     let text = format!("{value:.n_decimals$}");
     if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_owned() } else { text }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_have_three_digits_at_most() {
+        let cases =
+            [(0.0, "0"), (12_345.0, "12345"), (99.96, "100"), (2.5, "2.5"), (0.000_123_4, "0.000123")];
+        for (value, expected) in cases {
+            assert_eq!(trimmed(value), expected);
+        }
+    }
+
+    #[test]
+    fn odd_numbers_of_layers_and_points_are_drawn() {
+        for n in [1, 2, 80] {
+            let values = (0..n).map(|layer| (layer != 1).then_some(0.5)).collect();
+            let svg = layers("a", "%", (0.0, 1.0), &[Share { role: Role::Series(0), values }]);
+            let n_measured = if n == 1 { 1 } else { n - 1 };
+            assert_eq!(svg.markup().matches("<circle").count(), n_measured);
+        }
+        let one = TradeOff { role: Role::Series(0), points: vec![(1.0, 0.001)] };
+        let svg = trade_offs("a", "MB", &[one], Some((1.0, 0.001)));
+        assert_eq!(svg.markup().matches("<circle").count(), 3, "{}", svg.markup());
+        assert!(!svg.markup().contains("NaN"));
+    }
 }

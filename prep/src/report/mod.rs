@@ -60,6 +60,8 @@ struct Facts {
     records: Vec<PredictorRecord>,
     budget: Vec<BudgetPoint>,
     bytes: Bytes,
+    /// The file has sign words, so that predictors can be measured on it.
+    has_signs: bool,
 }
 
 /// Bytes of the sections that a token may read.
@@ -100,6 +102,7 @@ impl Facts {
             records: model.layout().predictors().to_vec(),
             budget: budget.unwrap_or_default(),
             bytes: Bytes::of(&model),
+            has_signs: model.gate_planes(0).is_some(),
         })
     }
 
@@ -114,8 +117,13 @@ impl Facts {
         })
     }
 
-    /// Rows by layer: as stored, or else as measured.
+    /// Rows by layer: as stored, or else as measured. Silu leaves none at zero.
     fn rows(&self, evaluation: Option<&Evaluation>) -> Vec<Rows> {
+        if self.inspection.config.hidden_act == "silu" {
+            let all =
+                Rows { active: Some(1.0), kept: Some(1.0), recall: Some(1.0), missed_energy: Some(0.0) };
+            return vec![all; self.records.len()];
+        }
         let measured = evaluation.and_then(|found| found.rows.iter().find(|row| row.predictor == "stored"));
         let of_layer = |(layer, record): (usize, &PredictorRecord)| {
             let measured = measured.and_then(|row| row.quality.layers.get(layer));
@@ -312,7 +320,7 @@ fn summary(html: &mut Html, facts: &Facts, parts: &[(&str, f64, Option<f64>)], r
     html.terms(&[
         ("MLP bytes a token, of dense", against(true)),
         ("All bytes a token, of dense", against(false)),
-        ("KL from the dense model, nats a token", or_dash(kl, charts::trimmed)),
+        ("KL from dense on unseen text, nats a token", or_dash(kl, charts::trimmed)),
         ("Rows kept", or_dash(mean(|rows| rows.kept), percent)),
         ("Rows active", or_dash(mean(|rows| rows.active), percent)),
     ]);
@@ -366,7 +374,7 @@ fn bytes_by_part(html: &mut Html, parts: &[(&'static str, f64, Option<f64>)]) {
         html,
         "This file against dense",
         &charts::bars(&label, &format!("{} a token", unit.1), &bars),
-        &[(Role::Base, "dense".to_owned()), (Role::Series(0), "this file".to_owned())],
+        &[(Role::Base, "dense".to_owned()), (Role::Own, "this file".to_owned())],
         "The cache of keys and values, which grows with the context, is not counted.",
     );
     html.raw("</div>\n");
@@ -434,10 +442,12 @@ fn by_layer(html: &mut Html, facts: &Facts, rows: &[Rows]) {
         );
         html.raw("</div>\n");
     } else {
-        html.element(
-            "p",
-            "The file holds no measured shares: it was converted without calibration. With --text, they are measured.",
-        );
+        html.nest("p", |html| {
+            html.raw("The file holds no measured shares: it was converted without calibration.");
+            if facts.has_signs {
+                html.raw(" With <code>--text</code>, they are measured.");
+            }
+        });
     }
     let shares = facts.inspection.predictors.iter().zip(rows).map(|(predictor, rows)| {
         let limit = predictor.limit.map(|limit| limit.to_string());
@@ -498,6 +508,9 @@ fn trade_off(html: &mut Html, facts: &Facts, evaluation: Option<&Evaluation>) {
     }
     match evaluation {
         Some(evaluation) => measured_table(html, evaluation),
+        None if !facts.has_signs => {
+            html.element("p", "The file was made without prediction: there is nothing to compare.");
+        }
         None => html.nest("p", |html| {
             html.raw("This page shows what the file holds. Every kind of predictor and the rule of SparseInfer ");
             html.raw("at several alphas, measured on a text of your own: <code>prep report FILE --text TEXT.txt -o ");
@@ -651,9 +664,11 @@ fn provenance(html: &mut Html, facts: &Facts) {
         terms.push(("its blake3", text.blake3.clone()));
         terms.push(("calibration tokens", format!("{} in windows of {}", text.n_tokens, text.window)));
     }
-    terms.extend(provenance.options.iter().map(|(name, value)| (name.as_str(), value.clone())));
     html.terms(&terms);
     html.raw("</div>\n");
+    let options: Vec<Vec<String>> =
+        provenance.options.iter().map(|(name, value)| vec![name.clone(), value.clone()]).collect();
+    html.table("settings of the conversion", &["option", "value"], &options);
     let files = provenance.source_files.iter();
     let files = files.map(|file| vec![file.name.clone(), file.bytes.to_string(), file.blake3.clone()]);
     html.table("source files", &["file", "bytes", "blake3"], &files.collect::<Vec<_>>());
@@ -662,4 +677,235 @@ fn provenance(html: &mut Html, facts: &Facts) {
 /// A point that a logarithmic axis can show.
 fn is_drawn(point: &(f64, f64)) -> bool {
     point.0.is_finite() && point.1.is_finite() && point.1 > 0.0
+}
+
+#[cfg(test)]
+mod tests {
+    use runtime::perplexity::LayerQuality;
+
+    use super::*;
+    use crate::predict::Measured;
+    use crate::{ConvertOptions, Predictor, convert};
+
+    const HOSTILE: &str = "</title><script src=http://x>\"'&\u{0}\u{202e}";
+
+    /// The bundled model with signs alone, and what a calibration would have stored.
+    fn facts() -> Facts {
+        let folder = tempfile::tempdir().expect("a scratch folder");
+        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/models/relu-llama-8m");
+        let out = folder.path().join("out.sinf");
+        let options = ConvertOptions {
+            dtype: None,
+            predictor: Some(Predictor::Alpha(vec![1.05])),
+            n_threads: 1,
+            force: false,
+        };
+        convert(&model, &out, &options, &Progress::silent()).expect("converted");
+        let mut facts = Facts::read(&out).expect("valid");
+        for record in &mut facts.records {
+            record.rows_active = 0.1;
+            record.rows_kept = 0.25;
+            record.recall = 0.5;
+            record.missed_energy = 0.001;
+        }
+        let limits: Vec<f32> = facts.records.iter().map(|record| record.limit as f32).collect();
+        let point = |kl, mlp_bytes, add: f32| BudgetPoint {
+            kl,
+            mlp_bytes,
+            limits: limits.iter().map(|limit| limit + add).collect(),
+        };
+        facts.budget = vec![
+            point(0.0, 0.9, 2.0),
+            point(0.001, 0.5, 1.0),
+            point(0.01, 0.25, 0.0),
+            point(f32::NAN, 0.2, -1.0),
+        ];
+        facts
+    }
+
+    fn evaluation() -> Evaluation {
+        let layer = LayerQuality {
+            rows_kept: 0.3,
+            rows_active: 0.1,
+            recall: 0.9,
+            missed_energy: 0.01,
+            predictor: "sign",
+            limit: Some(130.0),
+            alpha: Some(1.0),
+        };
+        let row = |predictor: &str, target_kl, kl_mean, bytes_per_token| EvalRow {
+            predictor: predictor.to_owned(),
+            target_kl,
+            gate_bytes: 0.4,
+            mlp_bytes: 0.3,
+            bytes_per_token,
+            rows_kept: 0.3,
+            rows_active: 0.1,
+            recall: 0.9,
+            missed_energy: 0.01,
+            quality: Measured {
+                ppl: 21.0,
+                kl_mean,
+                kl_p99: 0.1,
+                kl_max: 1.0,
+                top1_agreement: 0.97,
+                layers: vec![layer.clone(); 8],
+                kl_by_residue: Vec::new(),
+            },
+            kinds: vec!["sign"; 8],
+            layer_bytes: vec![1e5; 8],
+            tok_per_s: None,
+        };
+        let mut rows =
+            vec![row("dense", None, 0.0, 8e6), row("exact", None, 0.0, 4e6), row("stored", None, 0.002, 2e6)];
+        for kind in ["auto", "sign", "sign-x8", "svd", "w2", "w3"] {
+            rows.push(row(kind, Some(0.001), 0.0011, 2.1e6));
+            rows.push(row(kind, Some(0.01), 0.012, 1.7e6));
+        }
+        rows.extend([row("alpha=1", None, 0.1, 1.8e6), row("alpha=1.1", None, 0.004, 3e6)]);
+        Evaluation {
+            path: HOSTILE.to_owned(),
+            n_tokens: 77,
+            dense_ppl: 20.0,
+            dense_mlp_bytes: 8e6,
+            backend: "cpu".to_owned(),
+            rows,
+        }
+    }
+
+    /// The page's inline charts, each parsed as XML.
+    fn check(page: &str) -> usize {
+        for foreign in
+            ["http", "src=", "href", "<script", "url(", "@import", "<link", "<iframe", "\u{202e}", "\u{0}"]
+        {
+            let at = page.replace("src=http://x&gt;", "").replace(foreign, "");
+            let expected = page.replace("src=http://x&gt;", "");
+            assert_eq!(at, expected, "the page has {foreign}");
+        }
+        let mut n_charts = 0;
+        for (at, _) in page.match_indices("<svg") {
+            let end = page[at..].find("</svg>").expect("closed") + "</svg>".len();
+            let svg = &page[at..at + end];
+            let tree = roxmltree::Document::parse(svg).unwrap_or_else(|error| panic!("{error}: {svg}"));
+            let root = tree.root_element();
+            assert_ne!(root.has_attribute("aria-hidden"), root.has_attribute("aria-label"), "{svg}");
+            n_charts += usize::from(root.attribute("role") == Some("img"));
+            for node in tree.descendants().filter(roxmltree::Node::is_element) {
+                for name in ["fill", "stroke"] {
+                    let colour = node.attribute(name).unwrap_or("none");
+                    assert_eq!(colour, "none", "colours come from the style sheet: {svg}");
+                }
+                if let Some(class) = node.attribute("class") {
+                    assert!(page.contains(&format!(".{class} {{")), "no style for {class}");
+                }
+                let numbers =
+                    ["x", "y", "width", "height", "points"].map(|name| node.attribute(name).unwrap_or(""));
+                assert!(!numbers.concat().contains("NaN"), "{svg}");
+            }
+        }
+        n_charts
+    }
+
+    #[test]
+    fn a_page_has_every_section_chart_and_layer() {
+        let (facts, evaluation) = (facts(), evaluation());
+        let stored = page(&facts, None);
+        assert_eq!(check(&stored), 5, "parts, rows, recall, energy, stored curve");
+        let measured = page(&facts, Some(&evaluation));
+        assert_eq!(check(&measured), 6, "the measured curves too");
+        let headings = |page: &str| -> Vec<String> {
+            let parts = page.split("<h2>").skip(1);
+            parts.map(|part| part.split_once('<').expect("closed").0.to_owned()).collect()
+        };
+        let expected =
+            ["Bytes a token reads, by part", "By layer", "Bytes against quality", "Where it came from"];
+        assert_eq!(
+            (headings(&stored), headings(&measured)),
+            (expected.map(str::to_owned).to_vec(), expected.map(str::to_owned).to_vec())
+        );
+        let layers = measured.split("predictors, by layer</caption>").nth(1).expect("the table");
+        for layer in 0..8 {
+            assert!(
+                layers.contains(&format!("<tr><th scope=\"row\">{layer}</th><td>sign</td>")),
+                "layer {layer}"
+            );
+        }
+        assert!(stored.contains("--text TEXT.txt") && !measured.contains("--text TEXT.txt"));
+        for name in ["sign-x8", "svd", "w2", "w3", "auto: the best", "sign rule of SparseInfer", "this file"]
+        {
+            assert!(measured.contains(name), "{name}");
+        }
+        for row in &evaluation.rows {
+            assert!(
+                measured.contains(&format!("<th scope=\"row\">{}</th>", row.predictor)),
+                "{}",
+                row.predictor
+            );
+        }
+        assert_eq!(facts.chosen().map(|point| point.kl), Some(0.01));
+    }
+
+    #[test]
+    fn bytes_are_those_of_the_rows_that_are_read() {
+        let facts = facts();
+        let parts = facts.bytes.parts(&facts.records, &facts.rows(None));
+        let part = |wanted: &str| {
+            let &(_, dense, own) = parts.iter().find(|part| part.0 == wanted).expect("there");
+            (dense, own.expect("known"))
+        };
+        // Eight layers of 704 rows of 256 columns, f16.
+        let dense = 8.0 * 704.0 * 256.0 * 2.0;
+        assert_eq!(part("gate"), (dense, 0.25 * dense));
+        let (_, up) = part("up");
+        assert!((up - 0.05 * dense).abs() < 1.0, "{up}: a tenth is active, half of it kept");
+        assert_eq!(part("predictor"), (0.0, dense / 16.0));
+        assert_eq!(part("norms"), (17.0 * 256.0 * 4.0, 17.0 * 256.0 * 4.0));
+        assert_eq!(facts.bytes.dense_mlp(), 3.0 * dense);
+    }
+
+    #[test]
+    fn names_from_a_file_are_text() {
+        let mut facts = facts();
+        facts.file_name = HOSTILE.to_owned();
+        let provenance = facts.inspection.provenance.as_mut().expect("there");
+        provenance.source_name = HOSTILE.to_owned();
+        provenance.tool = HOSTILE.to_owned();
+        provenance.options.push((HOSTILE.to_owned(), HOSTILE.to_owned()));
+        provenance.source_files[0].name = HOSTILE.to_owned();
+        provenance.calibration = Some(crate::inspect::CalibrationRow {
+            name: HOSTILE.to_owned(),
+            blake3: String::new(),
+            n_tokens: 1,
+            window: 1,
+        });
+        let page = page(&facts, Some(&evaluation()));
+        check(&page);
+        let escaped = "&lt;/title&gt;&lt;script src=http://x&gt;&quot;&#39;&amp;\u{fffd}\u{fffd}";
+        // Title, heading, file, source, converter, calibration text, option and value, source file.
+        assert_eq!(page.matches(escaped).count(), 9);
+    }
+
+    #[test]
+    fn a_file_without_statistics_says_so() {
+        let mut facts = facts();
+        facts.budget.clear();
+        for record in &mut facts.records {
+            for share in [
+                &mut record.rows_active,
+                &mut record.rows_kept,
+                &mut record.recall,
+                &mut record.missed_energy,
+            ] {
+                *share = f32::NAN;
+            }
+        }
+        facts.inspection.provenance = None;
+        let without = page(&facts, None);
+        assert_eq!(check(&without), 1, "the bytes by part");
+        assert!(without.contains("gate: not measured") && without.contains("does not say where"));
+        // What was measured stands in.
+        let with = page(&facts, Some(&evaluation()));
+        assert_eq!(check(&with), 5);
+        assert!(!with.contains("gate: not measured"));
+    }
 }
