@@ -11,3 +11,4 @@ mod failures;
 mod golden;
 mod predictors;
 mod python_reader;
+mod report;
