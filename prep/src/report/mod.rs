@@ -74,6 +74,16 @@ struct Bytes {
     layers: Vec<LayerBytes>,
 }
 
+/// A part of what a token reads, in bytes.
+#[derive(Clone, Copy)]
+struct Part {
+    name: &'static str,
+    /// Of a dense token.
+    dense: f64,
+    /// With rows left out; none where these were not measured.
+    own: Option<f64>,
+}
+
 /// The MLP of a layer.
 #[derive(Clone, Copy, Default)]
 struct LayerBytes {
@@ -189,8 +199,8 @@ impl Bytes {
         self.layers.iter().map(|layer| (layer.gate + layer.up + layer.down) as f64).sum()
     }
 
-    /// Parts of a token's reads: name, dense, with rows left out.
-    fn parts(&self, records: &[PredictorRecord], rows: &[Rows]) -> Vec<(&'static str, f64, Option<f64>)> {
+    /// Parts of a token's reads.
+    fn parts(&self, records: &[PredictorRecord], rows: &[Rows]) -> Vec<Part> {
         let dense = |of: fn(&LayerBytes) -> u64| self.layers.iter().map(of).sum::<u64>() as f64;
         let own = |of: &dyn Fn(&LayerBytes, &PredictorRecord, &Rows) -> Option<f64>| {
             let layers = self.layers.iter().zip(records).zip(rows);
@@ -205,25 +215,17 @@ impl Bytes {
             PredictorKind::Off => rows.active,
             _ => rows.active.zip(rows.recall).map(|(active, recall)| active * recall),
         };
-        let fixed = |name, bytes: u64| (name, bytes as f64, Some(bytes as f64));
+        let part = |name, dense, own| Part { name, dense, own };
+        let fixed = |name, bytes: u64| part(name, bytes as f64, Some(bytes as f64));
+        let gate = own(&|layer, record, rows| Some(layer.gate as f64 * kept(record, rows)?));
+        let up = own(&|layer, record, rows| Some(layer.up as f64 * both(record, rows)?));
+        let down = own(&|layer, record, rows| Some(layer.down as f64 * both(record, rows)?));
         vec![
             fixed("attention", self.attention),
-            ("predictor", 0.0, Some(dense(|layer| layer.predictor))),
-            (
-                "gate",
-                dense(|layer| layer.gate),
-                own(&|layer, record, rows| Some(layer.gate as f64 * kept(record, rows)?)),
-            ),
-            (
-                "up",
-                dense(|layer| layer.up),
-                own(&|layer, record, rows| Some(layer.up as f64 * both(record, rows)?)),
-            ),
-            (
-                "down",
-                dense(|layer| layer.down),
-                own(&|layer, record, rows| Some(layer.down as f64 * both(record, rows)?)),
-            ),
+            part("predictor", 0.0, Some(dense(|layer| layer.predictor))),
+            part("gate", dense(|layer| layer.gate), gate),
+            part("up", dense(|layer| layer.up), up),
+            part("down", dense(|layer| layer.down), down),
             fixed("lm_head", self.lm_head),
             fixed("norms", self.norms),
             fixed("embedding, one row", self.embedding_row),
@@ -300,18 +302,18 @@ fn page(facts: &Facts, evaluation: Option<&Evaluation>) -> String {
     html.finish()
 }
 
-fn summary(html: &mut Html, facts: &Facts, parts: &[(&str, f64, Option<f64>)], rows: &[Rows]) {
-    let total = |of: fn(&(&str, f64, Option<f64>)) -> Option<f64>, only_mlp: bool| {
+fn summary(html: &mut Html, facts: &Facts, parts: &[Part], rows: &[Rows]) {
+    let total = |of: fn(&Part) -> Option<f64>, only_mlp: bool| {
         let is_mlp = |name: &str| ["predictor", "gate", "up", "down"].contains(&name);
-        parts.iter().filter(|part| !only_mlp || is_mlp(part.0)).map(of).sum::<Option<f64>>()
+        parts.iter().filter(|part| !only_mlp || is_mlp(part.name)).map(of).sum::<Option<f64>>()
     };
     let mean = |of: fn(&Rows) -> Option<f64>| {
         rows.iter().map(of).sum::<Option<f64>>().map(|sum| sum / rows.len() as f64)
     };
     let against = |only_mlp| {
-        let dense = total(|part| Some(part.1), only_mlp).unwrap_or(0.0);
+        let dense = total(|part| Some(part.dense), only_mlp).unwrap_or(0.0);
         let unit = Unit::of(dense);
-        or_dash(total(|part| part.2, only_mlp), |own| {
+        or_dash(total(|part| part.own, only_mlp), |own| {
             format!("{} of {}: {}", unit.show(own), unit.show(dense), percent(own / dense))
         })
     };
@@ -348,11 +350,12 @@ fn figure(html: &mut Html, title: &str, svg: &Svg, legend: &[(Role, String)], ca
     html.raw("\n");
 }
 
-fn bytes_by_part(html: &mut Html, parts: &[(&'static str, f64, Option<f64>)]) {
-    let unit = Unit::of(parts.iter().flat_map(|part| [part.1, part.2.unwrap_or(0.0)]).fold(0.0, f64::max));
+fn bytes_by_part(html: &mut Html, parts: &[Part]) {
+    let unit =
+        Unit::of(parts.iter().flat_map(|part| [part.dense, part.own.unwrap_or(0.0)]).fold(0.0, f64::max));
     let bars: Vec<Bar> = parts
         .iter()
-        .map(|&(name, dense, own)| Bar {
+        .map(|&Part { name, dense, own }| Bar {
             title: match own {
                 Some(own) if own != dense => {
                     format!("{name}: {} (dense {})", unit.show(own), unit.show(dense))
@@ -378,7 +381,7 @@ fn bytes_by_part(html: &mut Html, parts: &[(&'static str, f64, Option<f64>)]) {
         "The cache of keys and values, which grows with the context, is not counted.",
     );
     html.raw("</div>\n");
-    let cells = |&(name, dense, own): &(&str, f64, Option<f64>)| {
+    let cells = |&Part { name, dense, own }: &Part| {
         let share = own.filter(|_| dense > 0.0).map(|own| own / dense);
         vec![
             name.to_owned(),
@@ -388,8 +391,8 @@ fn bytes_by_part(html: &mut Html, parts: &[(&'static str, f64, Option<f64>)]) {
         ]
     };
     let mut table: Vec<Vec<String>> = parts.iter().map(cells).collect();
-    let dense = parts.iter().map(|part| part.1).sum();
-    table.push(cells(&("all", dense, parts.iter().map(|part| part.2).sum())));
+    let dense = parts.iter().map(|part| part.dense).sum();
+    table.push(cells(&Part { name: "all", dense, own: parts.iter().map(|part| part.own).sum() }));
     html.table("bytes a token, by part", &["part", "dense", "this file", "of dense"], &table);
 }
 
@@ -412,7 +415,7 @@ fn by_layer(html: &mut Html, facts: &Facts, rows: &[Rows]) {
         let recall = shares(Role::Series(3), |rows| rows.recall);
         let missed = shares(Role::Series(7), |rows| rows.missed_energy);
         let label = format!("{} {}", says("rows active", &active), says("rows kept", &kept));
-        let most = |shares: &[&Share]| shares.iter().map(|share| range(share).1).fold(1e-6, f64::max) * 1.1;
+        let most = |shares: &[&Share]| shares.iter().map(|share| range(share).1).fold(1e-4, f64::max) * 1.1;
         let top = most(&[&active, &kept]).min(1.0);
         html.raw("<div class=\"charts\">");
         figure(
@@ -749,7 +752,7 @@ mod tests {
                 kl_p99: 0.1,
                 kl_max: 1.0,
                 top1_agreement: 0.97,
-                layers: vec![layer.clone(); 8],
+                layers: vec![layer; 8],
                 kl_by_residue: Vec::new(),
             },
             kinds: vec!["sign"; 8],
@@ -850,7 +853,7 @@ mod tests {
         let facts = facts();
         let parts = facts.bytes.parts(&facts.records, &facts.rows(None));
         let part = |wanted: &str| {
-            let &(_, dense, own) = parts.iter().find(|part| part.0 == wanted).expect("there");
+            let &Part { dense, own, .. } = parts.iter().find(|part| part.name == wanted).expect("there");
             (dense, own.expect("known"))
         };
         // Eight layers of 704 rows of 256 columns, f16.
