@@ -16,7 +16,7 @@ mod format_text;
 pub mod fuzzing;
 pub mod header;
 pub mod metadata;
-mod partial;
+pub mod partial;
 pub mod reader;
 pub mod section;
 pub mod signs;

@@ -18,7 +18,7 @@ const SYNC_BYTES: u64 = 256 << 20;
 
 /// `OUT.partial`, open for writing at its end.
 #[derive(Debug)]
-pub(crate) struct Partial {
+pub struct Partial {
     path: PathBuf,
     file: BufWriter<File>,
     is_committed: bool,
@@ -30,7 +30,10 @@ pub(crate) struct Partial {
 impl Partial {
     /// Creates `OUT.partial` and locks it. What a killed run left there is replaced; what another process is
     /// writing is not.
-    pub(crate) fn create(out: &Path) -> Result<Self, FormatError> {
+    ///
+    /// # Errors
+    /// [`FormatError::Busy`] where another process is writing it; a folder that cannot be written.
+    pub fn create(out: &Path) -> Result<Self, FormatError> {
         let Some(name) = out.file_name() else {
             let source = io::Error::new(ErrorKind::InvalidInput, "the path does not name a file");
             return Err(failed("create", out)(source));
@@ -62,7 +65,10 @@ impl Partial {
     }
 
     /// Appends.
-    pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<(), FormatError> {
+    ///
+    /// # Errors
+    /// The disk is full.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<(), FormatError> {
         self.file.write_all(bytes).map_err(failed("write", &self.path))?;
         self.n_bytes_unsynced += bytes.len() as u64;
         if self.n_bytes_unsynced >= SYNC_BYTES && self.sync.as_ref().is_none_or(JoinHandle::is_finished) {
@@ -106,7 +112,10 @@ impl Partial {
     /// Syncs the file, gives it the name `out`, and syncs the folder.
     ///
     /// Without `replace` an `out` that came to exist meanwhile is left alone and is an error.
-    pub(crate) fn commit(mut self, out: &Path, replace: bool) -> Result<(), FormatError> {
+    ///
+    /// # Errors
+    /// [`FormatError::Exists`]; the disk is full; the unfinished file is then removed.
+    pub fn commit(mut self, out: &Path, replace: bool) -> Result<(), FormatError> {
         let sync = |partial: &mut Self| {
             partial.finish_sync()?;
             partial.file.flush()?;
@@ -133,7 +142,10 @@ impl Drop for Partial {
 }
 
 /// An existing output is an error unless it may be replaced, which a folder never can.
-pub(crate) fn check_output(out: &Path, replace: bool) -> Result<(), FormatError> {
+///
+/// # Errors
+/// [`FormatError::Exists`], or what the system says.
+pub fn check_output(out: &Path, replace: bool) -> Result<(), FormatError> {
     match out.symlink_metadata() {
         Ok(found) if replace && found.is_dir() => {
             Err(failed("replace", out)(io::Error::from(ErrorKind::IsADirectory)))

@@ -7,7 +7,9 @@ use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use format_spec::DType;
 
 use crate::synth::SynthArgs;
-use crate::{CalibrationOptions, Contender, ConvertOptions, EvalOptions, Kind, Predictor, Target};
+use crate::{
+    CalibrationOptions, Contender, ConvertOptions, EvalOptions, Kind, Predictor, ReportOptions, Target,
+};
 
 /// Converts ReLU-sparse Hugging Face checkpoints to .sinf files.
 #[derive(Parser, Debug)]
@@ -25,6 +27,8 @@ pub enum Command {
     Convert(ConvertArgs),
     /// Compare predictors on a text: rows kept, divergence from the dense model, bytes read.
     Eval(EvalArgs),
+    /// Write a page about a .sinf file: bytes a token, layers, bytes against quality, provenance.
+    Report(ReportArgs),
     /// Show what is in a .sinf file.
     Inspect(InspectArgs),
     /// Check every byte of a .sinf file against its checksums.
@@ -91,6 +95,9 @@ pub struct ConvertArgs {
     pub quiet: bool,
 }
 
+/// Most tokens that kinds are compared on.
+const DEFAULT_EVAL_TOKENS: u32 = 8192;
+
 /// `prep eval`.
 #[derive(Args, Clone, Debug)]
 pub struct EvalArgs {
@@ -100,7 +107,7 @@ pub struct EvalArgs {
     #[arg(long, value_name = "FILE")]
     pub text: PathBuf,
     /// Most tokens of it.
-    #[arg(long, default_value_t = 8192, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = DEFAULT_EVAL_TOKENS, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub tokens: u32,
     /// What to compare: dense, exact, stored (the file's own), auto (the best for each layer), sign, sign-x8, w2, w3, svd (low
     /// rank in the bytes of rank 256 at 7B), alpha=X (the rule of SparseInfer) [default: all, with seven alphas].
@@ -128,6 +135,48 @@ impl EvalArgs {
             calibration_tokens: self.calibration_tokens,
             n_threads: self.threads,
         }
+    }
+}
+
+/// `prep report`.
+#[derive(Args, Clone, Debug)]
+pub struct ReportArgs {
+    /// A .sinf file.
+    pub file: PathBuf,
+    /// HTML page to write; OUT.partial lies beside it until it is complete.
+    #[arg(short, long, value_name = "OUT")]
+    pub out: PathBuf,
+    /// UTF-8 text to measure every kind of predictor on, as prep eval does [default: show what the file holds].
+    #[arg(long, value_name = "FILE")]
+    pub text: Option<PathBuf>,
+    /// Most tokens of it [default: that of prep eval].
+    #[arg(long, requires = "text", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub tokens: Option<u32>,
+    /// Most tokens of the built-in text that kinds are fitted on [default: that of prep eval].
+    #[arg(long, requires = "text", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub calibration_tokens: Option<u32>,
+    /// Threads; 0 takes one for each available core [default: 0].
+    #[arg(long, requires = "text", value_name = "N")]
+    pub threads: Option<usize>,
+    /// Replace an existing OUT.
+    #[arg(long)]
+    pub force: bool,
+    /// Print nothing but errors.
+    #[arg(long)]
+    pub quiet: bool,
+}
+
+impl ReportArgs {
+    /// The library's options.
+    pub fn options(&self) -> ReportOptions {
+        let eval = self.text.as_ref().map(|text| EvalOptions {
+            text: text.clone(),
+            n_tokens: self.tokens.unwrap_or(DEFAULT_EVAL_TOKENS),
+            contenders: Contender::defaults(),
+            calibration_tokens: self.calibration_tokens.unwrap_or(CalibrationOptions::DEFAULT.n_tokens),
+            n_threads: self.threads.unwrap_or(0),
+        });
+        ReportOptions { out: self.out.clone(), force: self.force, eval }
     }
 }
 

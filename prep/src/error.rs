@@ -177,6 +177,12 @@ pub enum PrepError {
         /// The file.
         path: PathBuf,
     },
+    /// A page was to replace what it is about.
+    #[error("{}: expected an output other than the input, found the same file", path.display())]
+    OutputIsInput {
+        /// The file.
+        path: PathBuf,
+    },
     /// As many values of alpha as there are neither models nor layers.
     #[error("--alpha: expected one value or one for each of the {n_layers} layers, found {found}")]
     AlphaCount {
@@ -242,6 +248,7 @@ impl PrepError {
             Self::KindNotStored { .. } => {
                 Some("prep eval measures it; files hold exact, sign, sign-x8, w2 and w3")
             }
+            Self::OutputIsInput { .. } => Some("name another file after -o"),
             Self::NoSigns { .. } => Some("convert the model again, with any predictor but exact"),
             Self::Runtime(error) => error.hint(),
             _ => None,

@@ -143,7 +143,7 @@ pub struct EvalRow {
     pub missed_energy: f64,
     /// Perplexity, divergence and rows by layer.
     #[serde(flatten)]
-    quality: Measured,
+    pub(crate) quality: Measured,
     /// Predictor of each layer.
     pub kinds: Vec<&'static str>,
     /// Predictor, gate, up and down bytes of a token by layer.

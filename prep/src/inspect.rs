@@ -182,39 +182,43 @@ pub struct TensorRow {
 /// # Errors
 /// [`PrepError::Runtime`] for a file that cannot be opened or breaks a rule.
 pub fn inspect(path: &Path, with_tensors: bool) -> Result<Inspection, PrepError> {
-    let model = Model::open(path)?;
-    let (layout, file) = (model.layout(), model.bytes());
-    let in_file = |error| model.error(error);
-    let tokenizer = layout.tokenizer(file).map_err(in_file)?;
-    let provenance = layout.provenance(file).map_err(in_file)?;
-    let curves = layout.calibration_curves(file).map_err(in_file)?;
-    let (major, minor) = layout.version();
-    let tensors = layout.sections().iter().map(|section| TensorRow {
-        name: section.kind.name(),
-        layer: section.layer,
-        dtype: section.dtype.name(),
-        shape: section.shape.dims().to_vec(),
-        offset: section.offset_bytes,
-        bytes: section.len_bytes,
-        xxh3: format!("{:016x}", section.xxh3),
-    });
-    let tensors: Vec<TensorRow> = tensors.collect();
-    Ok(Inspection {
-        path: model.path().to_owned(),
-        bytes: file.len() as u64,
-        format_version: format!("{major}.{minor}"),
-        blake3: hex(&layout.digest()),
-        config: ConfigRow::new(model.config()),
-        sizes: SizeRow::sums(&tensors),
-        predictors: PredictorRow::all(layout.predictors()),
-        n_curve_points: curves.and_then(|curves| curves.first().map(Vec::len)),
-        tokenizer: TokenizerRow::new(&tokenizer),
-        provenance: provenance.map(ProvenanceRow::new),
-        tensors: with_tensors.then_some(tensors),
-    })
+    Inspection::of(&Model::open(path)?, with_tensors)
 }
 
 impl Inspection {
+    /// What is in `model`'s file; every section if `with_tensors`.
+    pub(crate) fn of(model: &Model, with_tensors: bool) -> Result<Self, PrepError> {
+        let (layout, file) = (model.layout(), model.bytes());
+        let in_file = |error| model.error(error);
+        let tokenizer = layout.tokenizer(file).map_err(in_file)?;
+        let provenance = layout.provenance(file).map_err(in_file)?;
+        let curves = layout.calibration_curves(file).map_err(in_file)?;
+        let (major, minor) = layout.version();
+        let tensors = layout.sections().iter().map(|section| TensorRow {
+            name: section.kind.name(),
+            layer: section.layer,
+            dtype: section.dtype.name(),
+            shape: section.shape.dims().to_vec(),
+            offset: section.offset_bytes,
+            bytes: section.len_bytes,
+            xxh3: format!("{:016x}", section.xxh3),
+        });
+        let tensors: Vec<TensorRow> = tensors.collect();
+        Ok(Inspection {
+            path: model.path().to_owned(),
+            bytes: file.len() as u64,
+            format_version: format!("{major}.{minor}"),
+            blake3: hex(&layout.digest()),
+            config: ConfigRow::new(model.config()),
+            sizes: SizeRow::sums(&tensors),
+            predictors: PredictorRow::all(layout.predictors()),
+            n_curve_points: curves.and_then(|curves| curves.first().map(Vec::len)),
+            tokenizer: TokenizerRow::new(&tokenizer),
+            provenance: provenance.map(ProvenanceRow::new),
+            tensors: with_tensors.then_some(tensors),
+        })
+    }
+
     /// The inspection for people.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use clap::Parser;
-use prep::cli::{Cli, Command, ConvertArgs, EvalArgs, InspectArgs, VerifyArgs};
+use prep::cli::{Cli, Command, ConvertArgs, EvalArgs, InspectArgs, ReportArgs, VerifyArgs};
 use prep::inspect::PredictorRow;
 use prep::synth::{self, SynthArgs, SynthError};
 use prep::{ConvertReport, PrepError, Progress};
@@ -20,6 +20,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Convert(args) => convert(&args),
         Command::Eval(args) => eval(&args),
+        Command::Report(args) => report_page(&args),
         Command::Inspect(args) => inspect(&args),
         Command::Verify(args) => verify(&args),
         Command::Synth(args) => synthesise(&args),
@@ -38,16 +39,7 @@ fn main() -> ExitCode {
 
 fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
     let options = args.options().unwrap_or_else(|error| error.exit());
-    let progress = Arc::new(if args.quiet { Progress::silent() } else { Progress::on_terminal() });
-    let handler = Arc::clone(&progress);
-    ctrlc::set_handler(move || {
-        if handler.is_interrupted() {
-            // The second time, at once.
-            std::process::exit(INTERRUPTED.into());
-        }
-        handler.interrupt();
-    })
-    .context("cannot listen for signals")?;
+    let progress = interruptible(args.quiet)?;
     let result = prep::convert(&args.model_dir, &args.out, &options, &progress);
     progress.finish();
     let report = result?;
@@ -68,6 +60,32 @@ fn eval(args: &EvalArgs) -> anyhow::Result<()> {
     progress.finish();
     let found = result?;
     if args.json { print_json(&found) } else { Ok(found.write_text(&mut io::stdout().lock())?) }
+}
+
+fn report_page(args: &ReportArgs) -> anyhow::Result<()> {
+    let progress = interruptible(args.quiet)?;
+    let result = prep::report(&args.file, &args.options(), &progress);
+    progress.finish();
+    let n_bytes = result?;
+    if !args.quiet {
+        writeln!(io::stderr(), "{}: {n_bytes} bytes", args.out.display())?;
+    }
+    Ok(())
+}
+
+/// Progress that Ctrl-C stops, so that no unfinished output stays behind.
+fn interruptible(quiet: bool) -> anyhow::Result<Arc<Progress>> {
+    let progress = Arc::new(if quiet { Progress::silent() } else { Progress::on_terminal() });
+    let handler = Arc::clone(&progress);
+    ctrlc::set_handler(move || {
+        if handler.is_interrupted() {
+            // The second time, at once.
+            std::process::exit(INTERRUPTED.into());
+        }
+        handler.interrupt();
+    })
+    .context("cannot listen for signals")?;
+    Ok(progress)
 }
 
 fn verify(args: &VerifyArgs) -> anyhow::Result<()> {

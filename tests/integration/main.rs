@@ -12,3 +12,4 @@ mod failures;
 mod golden;
 mod predictors;
 mod python_reader;
+mod report;
