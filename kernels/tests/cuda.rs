@@ -728,6 +728,7 @@ impl Model {
                 logits: logits.view(),
                 counts: counts.view(),
                 greedy: true,
+                clocks: None,
                 scratch: &scratch,
             })
             .unwrap();

@@ -28,6 +28,29 @@ const SPLITS_MAX: usize = 16;
 /// Shared memory that the compiler lays out itself.
 const STATIC_BYTES: usize = 1 << 10;
 
+/// What a token's clocks are spent on, in the order of `Step` of decode.cu. A wait is for the other blocks.
+pub const DECODE_STEPS: [&str; 19] = [
+    "norm of qkv",
+    "qkv",
+    "wait for qkv",
+    "attention",
+    "wait for attention",
+    "merge of attention",
+    "output",
+    "wait for output",
+    "norm of MLP",
+    "predictor",
+    "MLP, all gate rows",
+    "MLP, kept gate rows",
+    "MLP, active up rows",
+    "wait for h",
+    "down",
+    "wait for down",
+    "norm of lm_head",
+    "lm_head",
+    "next token",
+];
+
 /// One layer's weights and cache.
 #[derive(Clone, Copy, Debug)]
 pub struct DecodeLayer<'a> {
@@ -88,6 +111,8 @@ pub struct DecodeCall<'a> {
     pub counts: View<'a>,
     /// The largest logit's id (the smallest id among equals) becomes the token.
     pub greedy: bool,
+    /// Clocks of each block by step, `(DecodeScratch::n_blocks, DECODE_STEPS)` u64; added to.
+    pub clocks: Option<View<'a>>,
     /// Room for what passes between blocks.
     pub scratch: &'a DecodeScratch,
 }
@@ -176,6 +201,7 @@ struct DecodeArgs {
     best: u64,
     sync: u64,
     counts: u64,
+    clocks: u64,
     cut_d: ItemCut,
     cut_q: ItemCut,
     n_layers: i32,
@@ -282,6 +308,13 @@ impl Plan {
     }
 }
 
+impl DecodeScratch {
+    /// Blocks of the kernel, each with clocks of its own.
+    pub fn n_blocks(&self) -> usize {
+        self.plan.n_blocks
+    }
+}
+
 impl Device {
     /// Room for tokens of `shape` over `d` inputs, `f` neurons and weights of `element_bytes` each; `None` where the
     /// kernel does not take these widths, and a token is a run of the single kernels.
@@ -381,6 +414,10 @@ impl Device {
                 rows,
             };
         }
+        let clocks = call.clocks.map_or(Ok(0), |view| -> Result<u64, CudaError> {
+            check("bytes of clocks", plan.n_blocks * DECODE_STEPS.len() * 8, view.len_bytes())?;
+            Ok(view.address())
+        })?;
         let n_angles = call.shape.n_positions_max * shape.head_dim / 2;
         let (activation, threshold) = super::launch::activation_args(call.activation);
         let scratch = call.scratch;
@@ -402,6 +439,7 @@ impl Device {
             best: scratch.best.view().address(),
             sync: scratch.sync.view().address(),
             counts: call.counts.address(),
+            clocks,
             cut_d: plan.cut_d,
             cut_q: plan.cut_q,
             n_layers: call.layers.len() as i32,

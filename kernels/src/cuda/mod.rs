@@ -15,7 +15,7 @@ mod memory;
 mod prefill;
 mod upload;
 
-pub use decode::{DecodeCall, DecodeLayer, DecodeScratch};
+pub use decode::{DECODE_STEPS, DecodeCall, DecodeLayer, DecodeScratch};
 pub use device::{Device, DeviceInfo, Event, Graph, list_devices};
 pub use error::CudaError;
 pub use gemm::{Gemm, GemmCall};

@@ -100,6 +100,7 @@ impl ModelState<'_> {
             logits: self.logits.view(),
             counts: self.counts.view(),
             greedy: false,
+            clocks: None,
             scratch,
         })
     }
