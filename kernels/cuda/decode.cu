@@ -121,8 +121,10 @@ struct DecodeArgs {
     DecodeLayer layers[LAYERS_MAX];
 };
 
-__device__ __forceinline__ void copy_async(uint32_t to_shared, const void* from) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to_shared), "l"(from) : "memory");
+// 16 bytes, or zeros without a read.
+__device__ __forceinline__ void copy_async(uint32_t to_shared, const void* from, bool reads) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to_shared), "l"(from), "r"(reads ? 16 : 0)
+                 : "memory");
 }
 
 // Waits until at most n_slots - 1 of the latest groups are in flight, for the numbers of slots that the host chooses.
@@ -381,10 +383,11 @@ struct Decoder {
         if (run_left > 0) {
             const uint32_t to =
                 static_cast<uint32_t>(__cvta_generic_to_shared(ring() + slot * (a.slot_bytes / 16) + lane_id()));
+            // Whole slots, so that what a reader finds past an item's end is zero.
 #pragma unroll
             for (int k = 0; k < ITEM_LOADS; k++) {
-                if (lane_id() + k * WARP < run_granules) {
-                    copy_async(to + k * WARP * 16, run_from + k * WARP * 16);
+                if (k * WARP * 16 < a.slot_bytes) {
+                    copy_async(to + k * WARP * 16, run_from + k * WARP * 16, lane_id() + k * WARP < run_granules);
                 }
             }
             run_from += run_step;
@@ -445,23 +448,44 @@ struct Decoder {
         return s;
     }
 
+    // This lane's part of an item of N loads; what the item lacks is zero. All of it is on its way from shared memory
+    // before the first product.
+    template <int N>
+    __device__ __forceinline__ static float multiply(const Segment& s, const uint4* item) {
+        uint4 raw[N];
+#pragma unroll
+        for (int k = 0; k < N; k++) {
+            raw[k] = item[lane_id() + k * WARP];
+        }
+        float sums[4] = {};
+#pragma unroll
+        for (int k = 0; k < N; k++) {
+            s.add(k, raw[k], sums);
+        }
+        return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    }
+
     // tile[(i - first) * n_segs + seg] = segment seg of row i, for the rows first..end of a phase, out of the ring.
     __device__ __forceinline__ void ring_rows(const ItemCut& cut, const Segment& s, int first, int end) {
         const int seg = (warp_id() & (cut.n_segs - 1));
         const int n_groups = (DECODE_WARPS >> cut.seg_bits);
+        const int n_loads = (cut.granules + WARP - 1) / WARP;
 #pragma unroll 1
         for (int i = first + (warp_id() >> cut.seg_bits); i < end; i += n_groups) {
             const uint4* item = arrived();
-            float sums[4] = {};
-#pragma unroll
-            for (int k = 0; k < ITEM_LOADS; k++) {
-                if (lane_id() + k * WARP < s.n_granules) {
-                    s.add(k, item[lane_id() + k * WARP], sums);
-                }
+            float sum;
+            if (n_loads > 6) {
+                sum = multiply<8>(s, item);
+            } else if (n_loads > 4) {
+                sum = multiply<6>(s, item);
+            } else if (n_loads > 2) {
+                sum = multiply<4>(s, item);
+            } else {
+                sum = multiply<2>(s, item);
             }
             __syncwarp();
             ask();
-            const float sum = warp_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+            sum = warp_sum(sum);
             if (lane_id() == 0) {
                 tile()[(i - first) * cut.n_segs + seg] = sum;
             }

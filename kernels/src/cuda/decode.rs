@@ -272,7 +272,8 @@ impl Plan {
         ];
         let vec_floats = vec_floats.into_iter().max()?.next_multiple_of(4);
         let list_rows = f.div_ceil(n_blocks).next_multiple_of(4);
-        let slot_bytes = cut_d.granules.max(cut_q.granules) as usize * 16;
+        // Whole loads of a warp, two at a time (`multiply`).
+        let slot_bytes = (cut_d.granules.max(cut_q.granules) as usize).next_multiple_of(2 * WARP) * 16;
         let row_bytes = d.div_ceil(WARP) * 4;
         let sign_rows = if row_bytes.is_multiple_of(16) {
             // As few rounds as the ring allows, dealt evenly to the warps.
