@@ -135,6 +135,10 @@ pub(crate) struct Cli {
     /// Format of --bench [default: md]
     #[arg(long, value_enum, value_name = "FORMAT", help_heading = "Measure")]
     output: Option<Table>,
+    /// Shares of gate rows for --bench to keep, above 0 and at most 1: a row for each, under limits found by measuring.
+    /// A layer has one whole limit, which moves its share by some 0.8 / sqrt(hidden_size); layers make up for each other
+    #[arg(long, value_name = "S[,S...]", help_heading = "Measure", value_delimiter = ',', value_parser = share)]
+    keep_share: Vec<f64>,
     /// Measure perplexity over a text file, - for stdin, in windows of the context
     #[arg(long, value_name = "TEXT", help_heading = "Measure", conflicts_with_all = ["prompt", "prompt_file", "chat"])]
     perplexity: Option<PathBuf>,
@@ -224,6 +228,7 @@ pub(crate) enum Action<'a> {
         n_prompt: usize,
         n_decode: usize,
         n_repetitions: usize,
+        keep_shares: &'a [f64],
         output: Table,
     },
     Perplexity {
@@ -278,6 +283,7 @@ impl Cli {
         for (flag, is_given, action, is_asked) in [
             ("--repetitions", self.repetitions.is_some(), "--bench", self.bench),
             ("--output", self.output.is_some(), "--bench", self.bench),
+            ("--keep-share", !self.keep_share.is_empty(), "--bench", self.bench),
             ("--logits", self.logits > 0, "--json", self.json),
             ("--kl", self.kl, "--perplexity", self.perplexity.is_some()),
             ("--windows", self.windows.is_some(), "--perplexity", self.perplexity.is_some()),
@@ -290,7 +296,7 @@ impl Cli {
         Ok(())
     }
 
-    fn bench_action<'a>(&self, file: &'a Path) -> Result<Action<'a>, clap::Error> {
+    fn bench_action<'a>(&'a self, file: &'a Path) -> Result<Action<'a>, clap::Error> {
         let n_prompt = match &self.prompt {
             None => N_BENCH_PROMPT,
             Some(count) => count.parse().map_err(|_| {
@@ -316,6 +322,7 @@ impl Cli {
             n_prompt,
             n_decode,
             n_repetitions: self.repetitions.unwrap_or(N_BENCH_REPETITIONS),
+            keep_shares: &self.keep_share,
             output: self.output.unwrap_or(Table::Md),
         })
     }
@@ -358,6 +365,14 @@ fn number(range: RangeInclusive<f64>) -> impl Fn(&str) -> Result<f64, String> + 
         // NaN is in no range.
         Ok(number) if range.contains(&number) => Ok(number),
         _ => Err(format!("expected a number from {} to {}", range.start(), range.end())),
+    }
+}
+
+/// A share of something, of which nothing is none.
+fn share(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(share) if share > 0.0 && share <= 1.0 => Ok(share),
+        _ => Err("expected a number above 0 and at most 1".to_owned()),
     }
 }
 
@@ -436,6 +451,8 @@ mod tests {
         assert!(bench.contains("n_repetitions: 5") && bench.contains("Md"), "{bench}");
         let bench = accepted(&["m.sinf", "--bench", "-p", "16", "-n", "0", "-r", "2", "--output", "csv"]);
         assert!(bench.contains("n_prompt: 16") && bench.contains("n_decode: 0"), "{bench}");
+        let bench = accepted(&["m.sinf", "--bench", "--keep-share", "0.1,0.35,1"]);
+        assert!(bench.contains("keep_shares: [0.1, 0.35, 1.0]"), "{bench}");
         let perplexity = accepted(&["m.sinf", "--perplexity", "t.txt", "--kl", "--windows", "3", "--json"]);
         assert!(perplexity.contains("t.txt") && perplexity.contains("kl: true"), "{perplexity}");
     }
@@ -452,6 +469,10 @@ mod tests {
         refused(&["m.sinf", "-p", "x", "--logits", "3"]);
         refused(&["m.sinf", "-p", "x", "--output", "csv"]);
         refused(&["m.sinf", "-f", "x", "-r", "3"]);
+        refused(&["m.sinf", "-p", "x", "--keep-share", "0.5"]);
+        for share in ["0", "1.01", "-0.1", "nan", "0.1,", "0.1,x"] {
+            refused(&["m.sinf", "--bench", &format!("--keep-share={share}")]);
+        }
         refused(&["m.sinf", "--bench", "--windows", "3"]);
         refused(&["m.sinf", "-p", "x", "--perplexity", "t.txt"]);
     }

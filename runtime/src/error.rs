@@ -56,6 +56,14 @@ pub enum RuntimeError {
         /// Size of the vocabulary.
         vocab_size: u32,
     },
+    /// Limits for a predictor that has nothing to count.
+    #[error("{path}: layer {layer} has no sign words, so no limit on them can be set")]
+    NoSigns {
+        /// The file.
+        path: String,
+        /// The layer.
+        layer: usize,
+    },
     /// The CUDA device cannot do it.
     #[error(transparent)]
     Cuda(#[from] kernels::cuda::CudaError),
@@ -88,6 +96,7 @@ impl RuntimeError {
                 Some("prep convert FOLDER OUT.sinf makes a .sinf file of a model folder")
             }
             Self::ContextFull { .. } => Some("raise -c/--ctx-size or shorten the prompt"),
+            Self::NoSigns { .. } => Some("prep convert --predictor sign makes a file that has them"),
             Self::Cuda(error) => error.hint(),
             Self::ContextTooLong { .. } => Some("lower -c/--ctx-size; longer contexts give strange text"),
             _ => None,

@@ -63,8 +63,14 @@ fn run(cli: &Cli, action: Action<'_>, started: Instant) -> anyhow::Result<ExitCo
         Action::Generate { file, prompt, chat, n_predict } => {
             return generate_text(cli, file, &prompt, chat, n_predict, started);
         }
-        Action::Bench { file, n_prompt, n_decode, n_repetitions, output } => {
-            let options = BenchOptions { n_prompt, n_decode, n_repetitions, alpha_scale: cli.alpha_scale };
+        Action::Bench { file, n_prompt, n_decode, n_repetitions, keep_shares, output } => {
+            let options = BenchOptions {
+                n_prompt,
+                n_decode,
+                n_repetitions,
+                alpha_scale: cli.alpha_scale,
+                keep_shares: keep_shares.to_vec(),
+            };
             run_bench(cli, file, &options, output)?;
         }
         Action::Perplexity { file, text, kl, n_windows } => {

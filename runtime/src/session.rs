@@ -2,6 +2,7 @@
 
 use format_spec::calibration::{alpha_from_limit, limit_from_alpha};
 use format_spec::{PredictorKind, SectionKind};
+use kernels::ShapeError;
 
 use crate::device::Device;
 use crate::engine::{Batch, BatchLogits, Engine, RowChoice};
@@ -155,7 +156,29 @@ impl<'m> Session<'m> {
     pub fn set_mode(&mut self, mode: MlpMode, alpha_scale: f64) {
         let n_layers = self.model.config().num_hidden_layers;
         let choice = |layer| RowChoice::new(mode, stored_rows(self.model, layer, alpha_scale));
-        let rows: Vec<RowChoice> = (0..n_layers).map(choice).collect();
+        self.set_rows((0..n_layers).map(choice).collect());
+    }
+
+    /// Has decode keep the gate rows whose n_neg is at most the layer's limit, `(num_hidden_layers,)`, whatever the
+    /// file's predictor says; the context stays.
+    ///
+    /// # Errors
+    /// [`RuntimeError::NoSigns`] where a layer has no sign words; [`RuntimeError::Shape`] for limits of another length.
+    pub fn set_limits(&mut self, limits: &[u32]) -> Result<(), RuntimeError> {
+        let n_layers = self.model.config().num_hidden_layers as usize;
+        if limits.len() != n_layers {
+            return Err(ShapeError { what: "limits", expected: n_layers, found: limits.len() }.into());
+        }
+        let has_signs =
+            |layer: usize| self.model.layout().find(SectionKind::GateSigns, Some(layer as u32)).is_some();
+        if let Some(layer) = (0..n_layers).find(|&layer| !has_signs(layer)) {
+            return Err(RuntimeError::NoSigns { path: self.model.path().to_owned(), layer });
+        }
+        self.set_rows(limits.iter().map(|&limit| RowChoice::Limit(limit)).collect());
+        Ok(())
+    }
+
+    fn set_rows(&mut self, rows: Vec<RowChoice>) {
         self.limits = rows
             .iter()
             .map(|choice| match choice {
