@@ -2,7 +2,8 @@
 //!
 //! The modes take turns within each repetition, so that a machine that slows down slows all of them. Decoding runs
 //! over a text that the model wrote itself, the same for all modes: rows kept and active are those of real text. Limits
-//! for a share of rows kept are found on that text as well, by measuring n_neg.
+//! for a share of rows kept are found on that text as well, by measuring n_neg. A decoded token includes the choice of the
+//! most probable next one, on the device where generating text would choose there; the text goes on as it is.
 
 use std::io::{self, Write};
 use std::time::Instant;
@@ -181,7 +182,9 @@ fn own_text(session: &mut Session<'_>, n_tokens: usize) -> Result<Vec<u32>, Runt
     session.reset();
     let mut text = vec![first];
     while text.len() < n_tokens {
-        let logits = session.decode(text[text.len() - 1])?;
+        let last = text[text.len() - 1];
+        let logits = session.decode(last)?;
+        sampler.accept(last);
         // Useless logits still take as long to compute as good ones: go on with any token.
         text.push(sampler.sample(logits).unwrap_or(first));
     }
@@ -207,16 +210,20 @@ impl Contender {
             Selection::Mode(mode) => session.set_mode(*mode, alpha_scale),
             Selection::Share(_, limits) => session.set_limits(limits)?,
         }
+        let greedy = SamplerOptions { temp: 0.0, ..SamplerOptions::default() };
+        let mut sampler = Sampler::new(&greedy, session.model().config().vocab_size as usize, &[]);
+        session.set_sampler(&greedy, &[])?;
         session.reset();
-        // Ahead of the clock: the first token with other rows has the engine prepare for them.
+        // Ahead of the clock: the first token with other rows has the engine prepare for them. What is chosen does not
+        // matter, nor that nothing can be.
         if let Some(&token) = tokens.first() {
-            session.decode(token)?;
+            let _ = session.decode_and_choose(token, &mut sampler)?;
         }
         session.reset();
         session.reset_usage();
         let started = Instant::now();
         for &token in tokens {
-            session.decode(token)?;
+            let _ = session.decode_and_choose(token, &mut sampler)?;
         }
         Ok(started.elapsed().as_secs_f64())
     }

@@ -8,6 +8,7 @@ use crate::device::Device;
 use crate::engine::{Batch, BatchLogits, Engine, RowChoice};
 use crate::engine_cuda::CudaEngine;
 use crate::forward::CpuEngine;
+use crate::sampler::{SampleError, Sampler, SamplerOptions};
 use crate::{Model, RuntimeError};
 
 /// What a session needs to know up front.
@@ -257,6 +258,35 @@ impl<'m> Session<'m> {
         self.engine.decode(token, self.n_positions, &mut self.usage)?;
         self.n_positions += 1;
         Ok(self.engine.logits())
+    }
+
+    /// Has [`Session::decode_and_choose`] draw on the device as a [`Sampler`] of these options would, which the CPU's
+    /// engine does not, nor any with a repeat penalty.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Cuda`].
+    pub fn set_sampler(&mut self, options: &SamplerOptions, excluded: &[u32]) -> Result<(), RuntimeError> {
+        self.engine.set_sampler(options, excluded)
+    }
+
+    /// As [`Session::decode`], and the next token: drawn on the device after [`Session::set_sampler`], which leaves the
+    /// logits there, else by `sampler`.
+    ///
+    /// # Errors
+    /// As [`Session::decode`]; the inner one where the logits are of no use.
+    pub fn decode_and_choose(
+        &mut self,
+        token: u32,
+        sampler: &mut Sampler,
+    ) -> Result<Result<u32, SampleError>, RuntimeError> {
+        self.check(&[token])?;
+        match self.engine.decode_and_choose(token, self.n_positions, &mut self.usage)? {
+            Some(chosen) => {
+                self.n_positions += 1;
+                Ok(chosen)
+            }
+            None => Ok(sampler.sample(self.decode(token)?)),
+        }
     }
 
     /// One batch (at most `n_batch_max` tokens) appended to the context. With `masked`, rows that the session's mode

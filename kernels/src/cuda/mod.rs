@@ -13,6 +13,7 @@ mod gemm;
 mod launch;
 mod memory;
 mod prefill;
+mod sample;
 mod upload;
 
 pub use decode::{DecodeCall, DecodeLayer, DecodeScratch};
@@ -28,6 +29,7 @@ pub use prefill::{
     FloatRows, PrefillAttentionCall, PrefillGatedCall, PrefillNormCall, PrefillRopeCall, PrefillSkipCall,
     rounded_bytes,
 };
+pub use sample::{Chosen, SampleCall};
 pub use upload::{Mirror, Placement, ReadAt, UploadError};
 
 /// The fat binary, if this library was built with nvcc.

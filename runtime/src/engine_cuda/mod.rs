@@ -11,30 +11,39 @@ use std::thread;
 
 use format_spec::ModelConfig;
 use kernels::cuda::{
-    Buffer, CudaError, Device, DeviceLimits, DeviceMatrix, DeviceRows, Dtype, Gemm, Graph, HostBuffer,
-    Mirror, Placement, UploadError, View,
+    Buffer, Chosen, CudaError, Device, DeviceLimits, DeviceMatrix, DeviceRows, Dtype, Gemm, Graph,
+    HostBuffer, Mirror, Placement, UploadError, View,
 };
 use kernels::{Activation, AttentionShape, Elements, Matrix, MlpCounts, Rows, bytes};
 
-use self::decode::Way;
+use self::decode::{DeviceSampler, Way};
 use self::prompt::Prompt;
 use crate::RuntimeError;
 use crate::engine::{Batch, BatchLogits, Engine, RowChoice};
 use crate::forward::RopeAngles;
 use crate::model::{LayerWeights, Model, Weights};
+use crate::sampler::{SampleError, SamplerOptions};
 use crate::session::{MlpObserver, SessionOptions, Usage};
+
+/// Rows kept and active of a layer, two u64.
+const COUNT_BYTES: usize = 16;
 
 /// A CUDA device's engine.
 #[derive(Debug)]
 pub(crate) struct CudaEngine<'m> {
     /// A token, once one was decoded with `rows`. It names the buffers below, so it is dropped first.
     graph: Option<Graph>,
+    /// The same with the draw of the next token.
+    drawing: Option<Graph>,
+    sampler: Option<DeviceSampler>,
     state: ModelState<'m>,
     prompt: Prompt,
     rows: Vec<RowChoice>,
     logits: HostBuffer,
-    /// Rows kept and active so far, for each layer, as the device counts them.
+    /// Rows kept and active so far, for each layer, as the device counts them; then the token that it drew last.
     counted: Vec<[u64; 2]>,
+    /// Token and position that lie on the device, where a draw has left them.
+    next: Option<(u32, usize)>,
 }
 
 /// Everything on the device.
@@ -54,7 +63,8 @@ struct ModelState<'m> {
     limits: Option<Vec<Option<Buffer>>>,
     token: Buffer,
     ids: Buffer,
-    counts: Buffer,
+    /// Counts of layers, then the token drawn.
+    report: Buffer,
     logits: Buffer,
     way: Way,
 }
@@ -94,10 +104,13 @@ impl<'m> CudaEngine<'m> {
         let n_layers = state.weights.layers.len();
         Ok(Self {
             graph: None,
+            drawing: None,
+            sampler: None,
+            next: None,
             prompt: Prompt::new(&state, config, options)?,
             rows: vec![RowChoice::All; n_layers],
             logits: state.device.alloc_host(config.vocab_size as usize * size_of::<f32>())?,
-            counted: vec![[0; 2]; n_layers],
+            counted: vec![[0; 2]; n_layers + 1],
             state,
         })
     }
@@ -114,7 +127,31 @@ impl<'m> CudaEngine<'m> {
                 self.graph.insert(unsafe { state.device.capture(|| state.token(&self.rows)) }?)
             }
         };
+        self.next = None;
         self.state.device.set_state(self.state.token.view(), token, position)?;
+        Ok(self.state.device.replay(graph)?)
+    }
+
+    /// One token at `position` and the draw of the next one, which stays on the device for the next call.
+    fn step_and_draw(
+        &mut self,
+        token: u32,
+        position: usize,
+        sampler: &DeviceSampler,
+    ) -> Result<(), RuntimeError> {
+        let graph = match &mut self.drawing {
+            Some(graph) => graph,
+            None => {
+                self.state.bring_limits(&self.rows)?;
+                let state = &self.state;
+                // SAFETY: as in `step`; the sampler's buffer outlives the graph, by `set_sampler` and the order of fields.
+                let graph = unsafe { state.device.capture(|| state.token_and_draw(&self.rows, sampler)) }?;
+                self.drawing.insert(graph)
+            }
+        };
+        if self.next.take() != Some((token, position)) {
+            self.state.device.set_state(self.state.token.view(), token, position)?;
+        }
         Ok(self.state.device.replay(graph)?)
     }
 
@@ -123,15 +160,41 @@ impl<'m> CudaEngine<'m> {
         Ok(self.state.device.read(self.state.logits.view(), self.logits.bytes_mut())?)
     }
 
-    /// Rows kept and active since the last call, for each layer.
+    /// Waits for the device; rows kept and active since the last call, for each layer.
     fn take_counts(&mut self) -> Result<Vec<MlpCounts>, RuntimeError> {
         let before = self.counted.clone();
-        self.state.device.read(self.state.counts.view(), &mut self.counted)?;
+        self.state.device.read(self.state.report.view(), &mut self.counted)?;
         let since = |(now, before): (&[u64; 2], &[u64; 2])| MlpCounts {
             n_kept: (now[0] - before[0]) as usize,
             n_active: (now[1] - before[1]) as usize,
         };
-        Ok(self.counted.iter().zip(&before).map(since).collect())
+        let n_layers = self.state.weights.layers.len();
+        Ok(self.counted.iter().zip(&before).take(n_layers).map(since).collect())
+    }
+
+    /// Adds what a token at `position` has read, once it has run.
+    fn count(&mut self, position: usize, usage: &mut Usage) -> Result<(), RuntimeError> {
+        let counts = self.take_counts()?;
+        let state = &self.state;
+        let cache = Dtype::of(&state.weights.embedding.data).cache().n_bytes();
+        let kv_bytes = bytes::kv(&state.shape, cache, position + 1);
+        for (layer, (w, counts)) in state.weights.layers.iter().zip(&counts).enumerate() {
+            usage.n_bytes +=
+                attention_bytes(w) + kv_bytes + state.mlp_bytes(layer, &self.rows[layer], counts);
+            usage.layers[layer].n_kept += counts.n_kept as u64;
+            usage.layers[layer].n_active += counts.n_active as u64;
+        }
+        usage.n_bytes += bytes::matrix(&state.weights.lm_head);
+        usage.n_tokens += 1;
+        Ok(())
+    }
+
+    /// The logit for which the device refused to draw.
+    fn bad_logit(&mut self) -> Result<SampleError, RuntimeError> {
+        self.fetch_logits()?;
+        let is_bad = |logit: &f32| logit.is_nan() || *logit == f32::INFINITY;
+        let id = self.logits().iter().position(is_bad).unwrap_or(0);
+        Ok(SampleError::Logit { id, logit: self.logits()[id] })
     }
 }
 
@@ -165,7 +228,7 @@ impl<'m> ModelState<'m> {
             limits: None,
             token: device.alloc(8)?,
             ids: device.alloc(shape.n_positions_max * size_of::<u32>())?,
-            counts: device.alloc(n_layers * 16)?,
+            report: device.alloc((n_layers + 1) * COUNT_BYTES)?,
             logits: device.alloc(config.vocab_size as usize * size_of::<f32>())?,
             way,
             weights,
@@ -183,6 +246,16 @@ impl<'m> ModelState<'m> {
             self.limits = Some(rows.iter().map(of_layer).collect::<Result<_, _>>()?);
         }
         Ok(())
+    }
+
+    /// Rows kept and active so far, for each layer.
+    fn counts(&self) -> View<'_> {
+        self.report.view().slice(0, self.weights.layers.len() * COUNT_BYTES)
+    }
+
+    /// The token drawn last, one u32.
+    fn chosen(&self) -> View<'_> {
+        self.report.view().slice(self.weights.layers.len() * COUNT_BYTES, size_of::<u32>())
     }
 
     fn floats(&self, values: &[f32]) -> View<'_> {
@@ -244,6 +317,7 @@ impl Engine for CudaEngine<'_> {
 
     fn set_rows(&mut self, rows: Vec<RowChoice>) {
         self.graph = None;
+        self.drawing = None;
         self.state.limits = None;
         self.rows = rows;
     }
@@ -251,19 +325,43 @@ impl Engine for CudaEngine<'_> {
     fn decode(&mut self, token: u32, position: usize, usage: &mut Usage) -> Result<(), RuntimeError> {
         self.step(token, position)?;
         self.fetch_logits()?;
-        let counts = self.take_counts()?;
-        let state = &self.state;
-        let cache = Dtype::of(&state.weights.embedding.data).cache().n_bytes();
-        let kv_bytes = bytes::kv(&state.shape, cache, position + 1);
-        for (layer, (w, counts)) in state.weights.layers.iter().zip(&counts).enumerate() {
-            usage.n_bytes +=
-                attention_bytes(w) + kv_bytes + state.mlp_bytes(layer, &self.rows[layer], counts);
-            usage.layers[layer].n_kept += counts.n_kept as u64;
-            usage.layers[layer].n_active += counts.n_active as u64;
+        self.count(position, usage)
+    }
+
+    fn set_sampler(&mut self, options: &SamplerOptions, excluded: &[u32]) -> Result<(), RuntimeError> {
+        self.drawing = None;
+        self.sampler = None;
+        if options.repeat_penalty == 1.0 {
+            let excluded = match excluded {
+                [] => self.state.device.alloc(0)?,
+                ids => self.state.device.upload(ids)?,
+            };
+            self.sampler = Some(DeviceSampler { draw: options.draw(), seed: options.seed, excluded });
         }
-        usage.n_bytes += bytes::matrix(&state.weights.lm_head);
-        usage.n_tokens += 1;
         Ok(())
+    }
+
+    fn decode_and_choose(
+        &mut self,
+        token: u32,
+        position: usize,
+        usage: &mut Usage,
+    ) -> Result<Option<Result<u32, SampleError>>, RuntimeError> {
+        let Some(sampler) = self.sampler.take() else { return Ok(None) };
+        let stepped = self.step_and_draw(token, position, &sampler);
+        self.sampler = Some(sampler);
+        stepped?;
+        self.count(position, usage)?;
+        // The low half of the entry behind the layers.
+        let code = self.counted[self.state.weights.layers.len()][0] as u32;
+        Ok(Some(match Chosen::of(code) {
+            Chosen::Token(id) => {
+                self.next = Some((id, position + 1));
+                Ok(id)
+            }
+            Chosen::Empty => Err(SampleError::Empty),
+            Chosen::BadLogit => Err(self.bad_logit()?),
+        }))
     }
 
     fn forward_batch(
@@ -274,6 +372,7 @@ impl Engine for CudaEngine<'_> {
         if batch.tokens.is_empty() {
             return Ok(());
         }
+        self.next = None;
         if batch.masked {
             self.state.bring_limits(&self.rows)?;
         }
