@@ -117,8 +117,7 @@ pub fn bench(session: &mut Session<'_>, options: &BenchOptions) -> Result<Bench,
     let prompt: Vec<u32> = text.iter().copied().cycle().take(options.n_prompt).collect();
     let decoded = &text[..options.n_decode.min(text.len())];
     if options.n_decode > decoded.len() {
-        let n_positions_max = session.n_positions_max();
-        return Err(RuntimeError::ContextFull { wanted: options.n_decode, n_positions_max });
+        return Err(session.context_full(options.n_decode));
     }
     if options.n_decode > 0 && !options.keep_shares.is_empty() {
         let scores = Scores::measure(session, decoded, false)?;

@@ -90,7 +90,7 @@ impl<'m> CpuEngine<'m> {
         let wide = matches!(weights.embedding.data, Elements::F32(_));
         let (d, f) = (config.hidden_size as usize, config.intermediate_size as usize);
         Self {
-            attention_scratch: AttentionScratch::new(&attention, cpu.n_threads()),
+            attention_scratch: AttentionScratch::new(&attention),
             mlp_scratch: MlpScratch::new(f, d),
             cache: KvCache::new(attention, weights.layers.len(), wide),
             buffers: Buffers::new(&attention, d, f, options.n_batch_max),

@@ -117,9 +117,7 @@ pub fn check_prompt(session: &Session<'_>, prompt: &[u32]) -> Result<(), Generat
     let n_positions_max = session.n_positions_max();
     match prompt.len() {
         0 => Err(GenerateError::EmptyPrompt),
-        wanted if wanted > n_positions_max => {
-            Err(RuntimeError::ContextFull { wanted, n_positions_max }.into())
-        }
+        wanted if wanted > n_positions_max => Err(session.context_full(wanted).into()),
         _ => Ok(()),
     }
 }

@@ -324,11 +324,17 @@ impl<'m> Session<'m> {
         Ok(())
     }
 
+    /// The error for `wanted` positions, more than the context holds.
+    pub(crate) fn context_full(&self, wanted: usize) -> RuntimeError {
+        let max = self.model.config().max_position_embeddings as usize;
+        RuntimeError::ContextFull { wanted, n_positions_max: self.n_positions_max, max }
+    }
+
     /// That `tokens` are tokens and that the context has room for them.
     fn check(&self, tokens: &[u32]) -> Result<(), RuntimeError> {
         let wanted = self.n_positions + tokens.len();
         if wanted > self.n_positions_max {
-            return Err(RuntimeError::ContextFull { wanted, n_positions_max: self.n_positions_max });
+            return Err(self.context_full(wanted));
         }
         let vocab_size = self.model.config().vocab_size;
         match tokens.iter().find(|&&id| id >= vocab_size) {

@@ -407,8 +407,12 @@ fn check_memory(
         * cache;
     let is_copied = !device.info().integrated && placement() != Some(Placement::InPlace);
     let image = if is_copied { model.bytes().len() } else { 0 };
-    let wanted_bytes = image + cached + prompt::Sizes::new(config, shape, n_batch_max).n_bytes();
-    let (free_bytes, total_bytes) = device.memory_bytes()?;
+    let batches = prompt::Sizes::new(config, shape, n_batch_max).n_bytes() + Gemm::WORKSPACE_BYTES;
+    check_room(image + cached + batches, device.memory_bytes()?)
+}
+
+/// That `wanted_bytes` fit memory of which so many bytes are free, of so many.
+fn check_room(wanted_bytes: usize, (free_bytes, total_bytes): (usize, usize)) -> Result<(), CudaError> {
     if wanted_bytes > free_bytes {
         return Err(CudaError::OutOfMemory { wanted_bytes, free_bytes, total_bytes });
     }
@@ -454,5 +458,22 @@ fn element_bytes<'a>(elements: &Elements<'a>) -> &'a [u8] {
         Elements::F32(v) => bytemuck::cast_slice(v),
         Elements::F16(v) => bytemuck::cast_slice(v),
         Elements::Bf16(v) => bytemuck::cast_slice(v),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_larger_than_free_memory_is_refused_with_the_sizes() {
+        const GIB: usize = 1 << 30;
+        assert!(check_room(3 * GIB, (3 * GIB, 8 * GIB)).is_ok());
+        let error = check_room(13 * GIB, (3 * GIB, 8 * GIB)).expect_err("no room");
+        let text = error.to_string();
+        for size in ["13.00 GiB", "3.00 GiB", "8.00 GiB"] {
+            assert!(text.contains(size), "{text}");
+        }
+        assert!(error.hint().is_some_and(|hint| hint.contains("--ctx-size")));
     }
 }
