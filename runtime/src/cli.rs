@@ -112,6 +112,9 @@ pub(crate) struct Cli {
     /// List devices and stop
     #[arg(long, help_heading = "Machine")]
     list_devices: bool,
+    /// Measure the read bandwidth of each device of --list-devices
+    #[arg(long, help_heading = "Machine")]
+    measure: bool,
 
     /// Print one JSON object instead of text
     #[arg(long, help_heading = "Output")]
@@ -119,6 +122,9 @@ pub(crate) struct Cli {
     /// Add the K largest logits of each step to the JSON object
     #[arg(long, value_name = "K", help_heading = "Output", default_value_t = 0, value_parser = count(0..=usize::MAX))]
     pub(crate) logits: usize,
+    /// Show no progress on a terminal
+    #[arg(long, help_heading = "Output")]
+    pub(crate) quiet: bool,
     /// Add rows by layer to the statistics
     #[arg(long, help_heading = "Output")]
     pub(crate) verbose: bool,
@@ -213,7 +219,9 @@ impl<'a> Source<'a> {
 /// What to do, flags that belong together checked.
 #[derive(Debug)]
 pub(crate) enum Action<'a> {
-    ListDevices,
+    ListDevices {
+        measure: bool,
+    },
     Check {
         file: &'a Path,
     },
@@ -246,7 +254,7 @@ impl Cli {
     /// What clap prints and exits with code 2 for.
     pub(crate) fn action(&self) -> Result<Action<'_>, clap::Error> {
         if self.list_devices {
-            return Ok(Action::ListDevices);
+            return Ok(Action::ListDevices { measure: self.measure });
         }
         let Some(file) = self.file.as_deref() else {
             return Err(usage(ErrorKind::MissingRequiredArgument, "FILE is missing"));
@@ -285,6 +293,7 @@ impl Cli {
             ("--output", self.output.is_some(), "--bench", self.bench),
             ("--keep-share", !self.keep_share.is_empty(), "--bench", self.bench),
             ("--logits", self.logits > 0, "--json", self.json),
+            ("--measure", self.measure, "--list-devices", self.list_devices),
             ("--kl", self.kl, "--perplexity", self.perplexity.is_some()),
             ("--windows", self.windows.is_some(), "--perplexity", self.perplexity.is_some()),
         ] {
@@ -438,7 +447,8 @@ mod tests {
 
     #[test]
     fn every_action_is_reached() {
-        assert_eq!(accepted(&["--list-devices"]), "ListDevices");
+        assert_eq!(accepted(&["--list-devices"]), "ListDevices { measure: false }");
+        assert_eq!(accepted(&["--list-devices", "--measure"]), "ListDevices { measure: true }");
         assert!(accepted(&["m.sinf", "--check"]).starts_with("Check"));
         let generate = accepted(&["m.sinf", "-p", "", "-n", "7", "--chat", "llama2", "--check"]);
         assert!(
@@ -466,6 +476,7 @@ mod tests {
         assert!(refused(&["m.sinf", "--bench", "-n", "-1"]).contains("-1"));
         refused(&["m.sinf", "--bench", "-p", "0", "-n", "0"]);
         refused(&["m.sinf", "-p", "x", "--kl"]);
+        refused(&["m.sinf", "-p", "x", "--measure"]);
         refused(&["m.sinf", "-p", "x", "--logits", "3"]);
         refused(&["m.sinf", "-p", "x", "--output", "csv"]);
         refused(&["m.sinf", "-f", "x", "-r", "3"]);

@@ -292,10 +292,15 @@ impl Engine for CpuEngine<'_> {
     }
 
     fn measure_read_gb_per_s(&self) -> f64 {
-        // Written first: pages that were never written all are one page of zeros, which caches hold.
-        let memory = vec![1_u8; BANDWIDTH_BYTES];
-        self.cpu.measure_read_gb_per_s(&memory, BANDWIDTH_PASSES)
+        measure_read_gb_per_s(&self.cpu)
     }
+}
+
+/// Plain read bandwidth of `cpu` over fresh memory, in GB/s (10^9).
+pub(crate) fn measure_read_gb_per_s(cpu: &Cpu) -> f64 {
+    // Written first: pages that were never written all are one page of zeros, which caches hold.
+    let memory = vec![1_u8; BANDWIDTH_BYTES];
+    cpu.measure_read_gb_per_s(&memory, BANDWIDTH_PASSES)
 }
 
 /// The rows that `choice` selects of the layer `w`.

@@ -71,7 +71,7 @@ mod tests {
     #[test]
     fn a_file_cut_since_it_was_opened_is_an_error_with_both_lengths() {
         let mut cut = tempfile::NamedTempFile::new().expect("a scratch file");
-        std::io::Write::write_all(&mut cut, &[7; 1000]).expect("written");
+        io::Write::write_all(&mut cut, &[7; 1000]).expect("written");
         let (file, map) = map(cut.path()).expect("mapped");
         let len_bytes = map.map_or(0, |map| map.len());
         let mut buffer = [0; 100];

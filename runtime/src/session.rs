@@ -107,15 +107,21 @@ impl<'m> Session<'m> {
     /// # Errors
     /// [`RuntimeError::ContextTooLong`].
     pub fn new(model: &'m Model, options: &SessionOptions) -> Result<Self, RuntimeError> {
-        Self::on(Device::Cpu, model, options)
+        Self::on(Device::Cpu, model, options, &mut |_, _| {})
     }
 
     /// As [`Session::new`], on `device`; [`Device::Auto`] takes the first CUDA device that has room for the model, else
-    /// the CPU, and [`Session::backend`] says which.
+    /// the CPU, and [`Session::backend`] says which. `progress` hears how many bytes of how many are on their way to a
+    /// device with memory of its own.
     ///
     /// # Errors
     /// As [`Session::new`]; [`RuntimeError::Cuda`].
-    pub fn on(device: Device, model: &'m Model, options: &SessionOptions) -> Result<Self, RuntimeError> {
+    pub fn on(
+        device: Device,
+        model: &'m Model,
+        options: &SessionOptions,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Self, RuntimeError> {
         let max = model.config().max_position_embeddings as usize;
         if options.n_positions_max > max {
             return Err(RuntimeError::ContextTooLong { wanted: options.n_positions_max, max });
@@ -123,8 +129,8 @@ impl<'m> Session<'m> {
         let options = SessionOptions { n_batch_max: options.n_batch_max.max(1), ..options.clone() };
         let engine: Box<dyn Engine + 'm> = match device {
             Device::Cpu => Box::new(CpuEngine::new(model, &options)),
-            Device::Cuda(index) => Box::new(CudaEngine::new(model, index as usize, &options)?),
-            Device::Auto => match CudaEngine::first_that_fits(model, &options) {
+            Device::Cuda(index) => Box::new(CudaEngine::new(model, index as usize, &options, progress)?),
+            Device::Auto => match CudaEngine::first_that_fits(model, &options, progress) {
                 Some(engine) => Box::new(engine),
                 None => Box::new(CpuEngine::new(model, &options)),
             },

@@ -30,7 +30,7 @@ pub use prefill::{
     rounded_bytes,
 };
 pub use sample::{Chosen, SampleCall};
-pub use upload::{Mirror, Placement, ReadAt, UploadError};
+pub use upload::{Mirror, Placement, ReadAt, UploadError, UploadPlan, upload};
 
 /// The fat binary, if this library was built with nvcc.
 mod image {

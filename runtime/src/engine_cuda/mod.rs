@@ -71,12 +71,16 @@ struct ModelState<'m> {
 
 impl<'m> CudaEngine<'m> {
     /// The engine of the first device that has room for `model`.
-    pub(crate) fn first_that_fits(model: &'m Model, options: &SessionOptions) -> Option<Self> {
+    pub(crate) fn first_that_fits(
+        model: &'m Model,
+        options: &SessionOptions,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Option<Self> {
         if !kernels::cuda::is_built_in() {
             return None;
         }
         let devices = kernels::cuda::list_devices().ok()?;
-        devices.iter().find_map(|device| Self::new(model, device.ordinal, options).ok())
+        devices.iter().find_map(|device| Self::new(model, device.ordinal, options, progress).ok())
     }
 
     /// Opens device `ordinal` and brings `model` to it.
@@ -88,6 +92,7 @@ impl<'m> CudaEngine<'m> {
         model: &'m Model,
         ordinal: usize,
         options: &SessionOptions,
+        progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Self, RuntimeError> {
         let device = Device::open(ordinal)?;
         let config = model.config();
@@ -99,7 +104,7 @@ impl<'m> CudaEngine<'m> {
             n_positions_max: options.n_positions_max,
         };
         check_memory(&device, model, &shape, options.n_batch_max)?;
-        let image = upload(&device, model)?;
+        let image = upload(&device, model, progress)?;
         let state = ModelState::new(device, ordinal, image, model, weights, shape)?;
         let n_layers = state.weights.layers.len();
         Ok(Self {
@@ -425,11 +430,17 @@ fn placement() -> Option<Placement> {
 }
 
 /// The bytes of the file on the device; the library for products is opened meanwhile.
-fn upload<'m>(device: &Device, model: &'m Model) -> Result<Mirror<'m>, RuntimeError> {
+fn upload<'m>(
+    device: &Device,
+    model: &'m Model,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<Mirror<'m>, RuntimeError> {
     let read = |offset: usize, buffer: &mut [u8]| model.read_at(offset, buffer);
     thread::scope(|scope| {
         scope.spawn(Gemm::preload);
-        Mirror::new(device, model.bytes(), &read, placement(), &mut |_| {})
+        Mirror::new(device, model.bytes(), &read, placement(), &mut |n_done| {
+            progress(n_done, model.bytes().len())
+        })
     })
     .map_err(|error| match error {
         UploadError::Cuda(error) => error.into(),
