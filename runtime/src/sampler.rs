@@ -116,10 +116,11 @@ impl Sampler {
     /// # Errors
     /// [`SampleError::Logit`] for NaN and plus infinity, [`SampleError::Empty`] when nothing may be chosen.
     pub fn sample(&mut self, logits: &[f32]) -> Result<u32, SampleError> {
-        if let Some((id, &logit)) =
-            logits.iter().enumerate().find(|(_, logit)| logit.is_nan() || **logit == f32::INFINITY)
+        let is_bad = |logit: &f32| logit.is_nan() || *logit == f32::INFINITY;
+        if best(logits).is_none()
+            && let Some(id) = logits.iter().position(is_bad)
         {
-            return Err(SampleError::Logit { id, logit });
+            return Err(SampleError::Logit { id, logit: logits[id] });
         }
         let draw = self.draw;
         let n_kept = match draw.top_k {
@@ -228,22 +229,41 @@ pub fn largest(logits: &[f32], n: usize, out: &mut Vec<Candidate>) {
     out.truncate(n);
 }
 
-/// The `n` candidates nearest to the best in order into `out`, which needs room for twice as many to not allocate.
+/// The largest logit, minus infinity of none; `None` if one is NaN or plus infinity.
+fn best(logits: &[f32]) -> Option<f32> {
+    // As many at a time as wide registers hold.
+    const LANES: usize = 32;
+    let (mut best, mut good) = ([f32::NEG_INFINITY; LANES], [true; LANES]);
+    let mut see = |lane: usize, logit: f32| {
+        good[lane] &= logit < f32::INFINITY;
+        best[lane] = if logit > best[lane] { logit } else { best[lane] };
+    };
+    let (chunks, rest) = logits.as_chunks::<LANES>();
+    for chunk in chunks {
+        (0..LANES).for_each(|lane| see(lane, chunk[lane]));
+    }
+    rest.iter().enumerate().for_each(|(lane, &logit)| see(lane, logit));
+    good.iter().all(|good| *good).then(|| best.iter().copied().fold(f32::NEG_INFINITY, f32::max))
+}
+
+/// The `n` candidates nearest to the best in order into `out`, which needs room for twice as many to not allocate. No
+/// logit is NaN or plus infinity.
 fn nearest(logits: &[f32], n: usize, out: &mut Vec<u64>) {
     out.clear();
     let n = n.min(logits.len());
-    let best = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    // As in `largest`: what lies behind the n-th of those seen is never stored.
-    let mut threshold = u64::MAX;
+    let Some(best) = best(logits) else { return };
+    // As in `largest`: what lies behind the n-th of those seen is never stored. No smaller logit is nearer, and an equal
+    // one has a higher id.
+    let mut threshold = f32::NEG_INFINITY;
     for (id, &logit) in logits.iter().enumerate() {
-        let Some(distance) = distance(best, logit) else { continue };
-        let candidate = u64::from(distance) << 32 | id as u64;
-        if candidate >= threshold {
+        if logit <= threshold {
             continue;
         }
-        out.push(candidate);
+        let Some(distance) = distance(best, logit) else { continue };
+        out.push(u64::from(distance) << 32 | id as u64);
         if out.len() == 2 * n {
-            threshold = *out.select_nth_unstable(n - 1).1;
+            let last = *out.select_nth_unstable(n - 1).1;
+            threshold = logits[last as u32 as usize];
             out.truncate(n);
         }
     }
