@@ -123,6 +123,10 @@ fn a_missing_device_is_an_error_and_never_a_silent_fallback() {
     assert!(error.to_lowercase().contains("cuda"), "{error}");
     let devices = expect_success(runtime().arg("--list-devices"));
     assert!(String::from_utf8_lossy(&devices.stdout).to_lowercase().contains("cpu"));
+    let measured = expect_success(runtime().args(["--list-devices", "--measure"]));
+    let text = String::from_utf8_lossy(&measured.stdout).into_owned();
+    let cpu = text.lines().find(|line| line.starts_with("cpu")).expect("a line for the CPU");
+    assert!(cpu.contains(", reads ") && cpu.ends_with("GB/s"), "{text}");
 }
 
 #[test]
