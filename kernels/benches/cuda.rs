@@ -16,8 +16,9 @@ use half::f16;
 use kernels::cuda::{
     AttentionCall, AttentionScratch, Buffer, CudaError, DECODE_STEPS, DecodeCall, DecodeLayer, DecodeScratch,
     Device, DeviceLimits, DeviceMatrix, DeviceRows, DownCall, DownScratch, Dtype, GateUpCall, MatvecCall,
-    QkvCall, View,
+    QkvCall, SampleCall, View,
 };
+use kernels::sample::Draw;
 use kernels::{Activation, AttentionShape};
 
 const REPEATS: usize = 20;
@@ -476,6 +477,33 @@ impl Bench {
         Ok(())
     }
 
+    /// Draws over logits of several widths, such as a model gives: a few likely tokens before a wide rest.
+    fn report_sampling(&self, line: impl Fn(&str, [f64; 3], f64, f64)) -> Result<(), CudaError> {
+        let (excluded, chosen) = (self.device.alloc(0)?, self.device.alloc(4)?);
+        for vocab_size in [32_000, 131_072, 262_144] {
+            let spread = |i: usize| ((i * 7919 % 10_007) as f32 / 10_007.0).powi(8) * 30.0 - 15.0;
+            let logits = self.device.upload(&(0..vocab_size).map(spread).collect::<Vec<f32>>())?;
+            for (name, draw) in [
+                ("greedy", Draw::new(0.0, 0, 1.0, 0.0)),
+                ("defaults", Draw::new(0.8, 40, 0.95, 0.05)),
+                ("top-p alone", Draw::new(0.8, 0, 0.95, 0.0)),
+                ("no filter", Draw::new(1.0, 0, 1.0, 0.0)),
+            ] {
+                let call = SampleCall {
+                    logits: logits.view(),
+                    excluded: excluded.view(),
+                    state: self.state.view(),
+                    chosen: chosen.view(),
+                    draw,
+                    seed: 1,
+                };
+                let time_us = self.time_us(|| self.device.sample(&call))?;
+                line(&format!("sample {vocab_size} {name}"), time_us, 1.0, vocab_size as f64 * 4.0);
+            }
+        }
+        Ok(())
+    }
+
     fn report(&self, keep: f64, gb_per_s: f64, verbose: bool) -> Result<(), CudaError> {
         let Shape { d, f, n_layers, n_heads, n_kv_heads, head_dim, vocab_size, .. } = self.shape;
         let (q, kv) = ((n_heads * head_dim) as f64, (n_kv_heads * head_dim) as f64);
@@ -502,6 +530,7 @@ impl Bench {
             line("lm_head", self.time_us(|| self.head())?, 1.0, vocab_size as f64 * row);
             let greedy = || self.device.greedy(self.logits.view(), self.ids.view(), self.state.view());
             line("greedy", self.time_us(greedy)?, 1.0, vocab_size as f64 * 4.0);
+            self.report_sampling(line)?;
         }
         for mode in [Mode::Dense, Mode::Exact, Mode::Predicted] {
             let [n_kept, n_active] = self.rows(mode)?;

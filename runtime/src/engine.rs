@@ -3,6 +3,7 @@
 //! One implementation per kind of device. A session checks tokens and positions before it calls an engine, so that an
 //! engine is about mathematics only.
 
+use crate::sampler::{SampleError, SamplerOptions};
 use crate::session::{MlpObserver, Usage};
 use crate::{MlpMode, RuntimeError};
 
@@ -53,6 +54,23 @@ pub(crate) trait Engine: std::fmt::Debug {
 
     /// Appends one token at `position`; adds what was read to `usage`.
     fn decode(&mut self, token: u32, position: usize, usage: &mut Usage) -> Result<(), RuntimeError>;
+
+    /// Has [`Engine::decode_and_choose`] draw from now on as a [`crate::sampler::Sampler`] with these options and tokens
+    /// never chosen does, or not draw where the engine cannot do so.
+    fn set_sampler(&mut self, _options: &SamplerOptions, _excluded: &[u32]) -> Result<(), RuntimeError> {
+        Ok(())
+    }
+
+    /// As [`Engine::decode`], and draws the next token where the logits are; `None`, without any of it, from an engine
+    /// that does not draw.
+    fn decode_and_choose(
+        &mut self,
+        _token: u32,
+        _position: usize,
+        _usage: &mut Usage,
+    ) -> Result<Option<Result<u32, SampleError>>, RuntimeError> {
+        Ok(None)
+    }
 
     /// Appends a batch, computing every row.
     fn forward_batch(

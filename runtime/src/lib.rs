@@ -8,6 +8,7 @@ mod engine_cuda;
 mod error;
 mod forward;
 pub mod generate;
+mod keep_share;
 mod kv_cache;
 mod map;
 mod model;
