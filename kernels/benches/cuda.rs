@@ -14,10 +14,11 @@ use std::time::Instant;
 
 use half::f16;
 use kernels::cuda::{
-    AttentionCall, AttentionScratch, Buffer, CudaError, DecodeCall, DecodeLayer, DecodeScratch, Device,
-    DeviceLimits, DeviceMatrix, DeviceRows, DownCall, DownScratch, Dtype, GateUpCall, MatvecCall, QkvCall,
-    View,
+    AttentionCall, AttentionScratch, Buffer, CudaError, DECODE_STEPS, DecodeCall, DecodeLayer, DecodeScratch,
+    Device, DeviceLimits, DeviceMatrix, DeviceRows, DownCall, DownScratch, Dtype, GateUpCall, MatvecCall,
+    QkvCall, SampleCall, View,
 };
+use kernels::sample::Draw;
 use kernels::{Activation, AttentionShape};
 
 const REPEATS: usize = 20;
@@ -280,7 +281,7 @@ impl Bench {
     }
 
     /// A token as one kernel.
-    fn decode(&self, mode: Mode) -> Result<(), CudaError> {
+    fn decode(&self, mode: Mode, clocks: Option<View<'_>>) -> Result<(), CudaError> {
         let Shape { d, f, n_heads, n_kv_heads, head_dim, .. } = self.shape;
         let layers = (0..self.layers.len())
             .map(|layer| {
@@ -315,6 +316,7 @@ impl Bench {
             logits: self.logits.view(),
             counts: self.layer_counts.view(),
             greedy: true,
+            clocks,
             scratch: &self.decode_scratch,
         })
     }
@@ -445,7 +447,7 @@ impl Bench {
             if way == 0 {
                 self.token(mode)?
             } else {
-                self.decode(mode)?
+                self.decode(mode, None)?
             }
             self.device.read(self.logits.view(), logits)?;
         }
@@ -453,6 +455,53 @@ impl Bench {
         let pairs = logits[0].iter().zip(&logits[1]);
         Ok(pairs.fold(0.0f32, |worst, (a, b)| if (a - b).abs() <= worst { worst } else { (a - b).abs() })
             / largest)
+    }
+
+    /// Microseconds of each step of a token that takes `token_us`: mean, lowest and highest over the blocks.
+    fn report_steps(&self, mode: Mode, token_us: f64) -> Result<(), CudaError> {
+        let n_steps = DECODE_STEPS.len();
+        let clocks = self.device.alloc(self.decode_scratch.n_blocks() * n_steps * 8)?;
+        let mut counts = vec![0u64; self.decode_scratch.n_blocks() * n_steps];
+        self.device.write(clocks.view(), &counts)?;
+        self.time_us(|| self.decode(mode, Some(clocks.view())))?;
+        self.device.read(clocks.view(), &mut counts)?;
+        let total: u64 = counts.iter().sum();
+        let us = token_us * self.decode_scratch.n_blocks() as f64 / total as f64;
+        for (step, name) in DECODE_STEPS.iter().enumerate() {
+            let of_step = counts.iter().skip(step).step_by(n_steps).map(|&count| count as f64 * us);
+            let (low, high) =
+                of_step.clone().fold((f64::MAX, 0.0f64), |(low, high), v| (low.min(v), high.max(v)));
+            let mean = of_step.sum::<f64>() / self.decode_scratch.n_blocks() as f64;
+            println!("    {name:<22} {mean:8.1} us ({low:.1} to {high:.1})");
+        }
+        Ok(())
+    }
+
+    /// Draws over logits of several widths, such as a model gives: a few likely tokens before a wide rest.
+    fn report_sampling(&self, line: impl Fn(&str, [f64; 3], f64, f64)) -> Result<(), CudaError> {
+        let (excluded, chosen) = (self.device.alloc(0)?, self.device.alloc(4)?);
+        for vocab_size in [32_000, 131_072, 262_144] {
+            let spread = |i: usize| ((i * 7919 % 10_007) as f32 / 10_007.0).powi(8) * 30.0 - 15.0;
+            let logits = self.device.upload(&(0..vocab_size).map(spread).collect::<Vec<f32>>())?;
+            for (name, draw) in [
+                ("greedy", Draw::new(0.0, 0, 1.0, 0.0)),
+                ("defaults", Draw::new(0.8, 40, 0.95, 0.05)),
+                ("top-p alone", Draw::new(0.8, 0, 0.95, 0.0)),
+                ("no filter", Draw::new(1.0, 0, 1.0, 0.0)),
+            ] {
+                let call = SampleCall {
+                    logits: logits.view(),
+                    excluded: excluded.view(),
+                    state: self.state.view(),
+                    chosen: chosen.view(),
+                    draw,
+                    seed: 1,
+                };
+                let time_us = self.time_us(|| self.device.sample(&call))?;
+                line(&format!("sample {vocab_size} {name}"), time_us, 1.0, vocab_size as f64 * 4.0);
+            }
+        }
+        Ok(())
     }
 
     fn report(&self, keep: f64, gb_per_s: f64, verbose: bool) -> Result<(), CudaError> {
@@ -481,6 +530,7 @@ impl Bench {
             line("lm_head", self.time_us(|| self.head())?, 1.0, vocab_size as f64 * row);
             let greedy = || self.device.greedy(self.logits.view(), self.ids.view(), self.state.view());
             line("greedy", self.time_us(greedy)?, 1.0, vocab_size as f64 * 4.0);
+            self.report_sampling(line)?;
         }
         for mode in [Mode::Dense, Mode::Exact, Mode::Predicted] {
             let [n_kept, n_active] = self.rows(mode)?;
@@ -497,8 +547,11 @@ impl Bench {
             let bytes = layers * layer_bytes + vocab_size as f64 * row;
             let graph = self.time_us(|| self.token(mode))?;
             line(&format!("token {mode:?}, kernels"), graph, 1.0, bytes);
-            let decode = self.time_us(|| self.decode(mode))?;
+            let decode = self.time_us(|| self.decode(mode, None))?;
             line(&format!("token {mode:?}, one kernel"), decode, 1.0, bytes);
+            if verbose {
+                self.report_steps(mode, decode[0])?;
+            }
             println!(
                 "  {} {mode:?} keep {keep}: {:.1} and {:.1} tok/s, rows kept {:.1} %, active {:.1} %, logits differ by {:.1e}",
                 self.shape.name,

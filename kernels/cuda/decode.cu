@@ -92,6 +92,7 @@ struct DecodeArgs {
     uint32_t* best;
     uint32_t* sync;
     unsigned long long* counts;  // (n_layers, 2): rows kept, rows active
+    unsigned long long* clocks;  // (gridDim.x, STEPS) clocks of each block by step, added to; null for none
     ItemCut cut_d;
     ItemCut cut_q;
     int32_t n_layers;
@@ -120,8 +121,10 @@ struct DecodeArgs {
     DecodeLayer layers[LAYERS_MAX];
 };
 
-__device__ __forceinline__ void copy_async(uint32_t to_shared, const void* from) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to_shared), "l"(from) : "memory");
+// 16 bytes, or zeros without a read.
+__device__ __forceinline__ void copy_async(uint32_t to_shared, const void* from, bool reads) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to_shared), "l"(from), "r"(reads ? 16 : 0)
+                 : "memory");
 }
 
 // Waits until at most n_slots - 1 of the latest groups are in flight, for the numbers of slots that the host chooses.
@@ -139,6 +142,30 @@ __device__ __forceinline__ void wait_copies(int n_slots) {
 
 // The phases whose weights go through the ring, in their order within a layer; HEAD comes after the last layer.
 enum Phase { QKV, OUT, MLP, HEAD, END };
+
+// What a token's clocks are spent on. A wait is for the other blocks.
+enum Step {
+    NORM_QKV,
+    ROWS_QKV,
+    WAIT_QKV,
+    ATTEND,
+    WAIT_ATTEND,
+    MERGE,
+    ROWS_OUT,
+    WAIT_OUT,
+    NORM_MLP,
+    PREDICT,
+    ROWS_MLP,
+    GATE,
+    UP,
+    WAIT_H,
+    DOWN,
+    WAIT_DOWN,
+    NORM_HEAD,
+    ROWS_HEAD,
+    FINISH,
+    STEPS
+};
 
 template <typename T>
 struct Decoder {
@@ -183,6 +210,38 @@ struct Decoder {
 
     uint32_t barriers = 0;
     uint32_t arrivals_before = 0;
+    long long marked = 0;  // the clock at the last mark
+
+    __device__ __forceinline__ static unsigned long long* step_clocks() {
+        __shared__ unsigned long long clocks[STEPS];
+        return clocks;
+    }
+
+    // What passed since the last mark was spent on step.
+    __device__ __forceinline__ void mark(int step) {
+        if (a.clocks != nullptr && threadIdx.x == 0) {
+            const long long now = clock64();
+            step_clocks()[step] += now - marked;
+            marked = now;
+        }
+    }
+
+    __device__ __forceinline__ void start_marks() {
+        if (a.clocks != nullptr && threadIdx.x == 0) {
+            for (int step = 0; step < STEPS; step++) {
+                step_clocks()[step] = 0;
+            }
+            marked = clock64();
+        }
+    }
+
+    __device__ __forceinline__ void store_marks() const {
+        if (a.clocks != nullptr && threadIdx.x == 0) {
+            for (int step = 0; step < STEPS; step++) {
+                a.clocks[blockIdx.x * STEPS + step] += step_clocks()[step];
+            }
+        }
+    }
 
     __device__ __forceinline__ Decoder(const DecodeArgs& args) : a(args) {}
 
@@ -324,10 +383,11 @@ struct Decoder {
         if (run_left > 0) {
             const uint32_t to =
                 static_cast<uint32_t>(__cvta_generic_to_shared(ring() + slot * (a.slot_bytes / 16) + lane_id()));
+            // Whole slots, so that what a reader finds past an item's end is zero.
 #pragma unroll
             for (int k = 0; k < ITEM_LOADS; k++) {
-                if (lane_id() + k * WARP < run_granules) {
-                    copy_async(to + k * WARP * 16, run_from + k * WARP * 16);
+                if (k * WARP * 16 < a.slot_bytes) {
+                    copy_async(to + k * WARP * 16, run_from + k * WARP * 16, lane_id() + k * WARP < run_granules);
                 }
             }
             run_from += run_step;
@@ -388,23 +448,44 @@ struct Decoder {
         return s;
     }
 
+    // This lane's part of an item of N loads; what the item lacks is zero. All of it is on its way from shared memory
+    // before the first product.
+    template <int N>
+    __device__ __forceinline__ static float multiply(const Segment& s, const uint4* item) {
+        uint4 raw[N];
+#pragma unroll
+        for (int k = 0; k < N; k++) {
+            raw[k] = item[lane_id() + k * WARP];
+        }
+        float sums[4] = {};
+#pragma unroll
+        for (int k = 0; k < N; k++) {
+            s.add(k, raw[k], sums);
+        }
+        return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    }
+
     // tile[(i - first) * n_segs + seg] = segment seg of row i, for the rows first..end of a phase, out of the ring.
     __device__ __forceinline__ void ring_rows(const ItemCut& cut, const Segment& s, int first, int end) {
         const int seg = (warp_id() & (cut.n_segs - 1));
         const int n_groups = (DECODE_WARPS >> cut.seg_bits);
+        const int n_loads = (cut.granules + WARP - 1) / WARP;
 #pragma unroll 1
         for (int i = first + (warp_id() >> cut.seg_bits); i < end; i += n_groups) {
             const uint4* item = arrived();
-            float sums[4] = {};
-#pragma unroll
-            for (int k = 0; k < ITEM_LOADS; k++) {
-                if (lane_id() + k * WARP < s.n_granules) {
-                    s.add(k, item[lane_id() + k * WARP], sums);
-                }
+            float sum;
+            if (n_loads > 6) {
+                sum = multiply<8>(s, item);
+            } else if (n_loads > 4) {
+                sum = multiply<6>(s, item);
+            } else if (n_loads > 2) {
+                sum = multiply<4>(s, item);
+            } else {
+                sum = multiply<2>(s, item);
             }
             __syncwarp();
             ask();
-            const float sum = warp_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+            sum = warp_sum(sum);
             if (lane_id() == 0) {
                 tile()[(i - first) * cut.n_segs + seg] = sum;
             }
@@ -669,6 +750,7 @@ struct Decoder {
             const int end = works ? min(begin + chunk, n_positions) : 0;
             if (!works) {
                 wait();
+                mark(WAIT_QKV);
                 return;
             }
 #pragma unroll 1
@@ -684,6 +766,7 @@ struct Decoder {
                     load_positions(w, kv_head, first, waited ? end : min(end, position), p);
                     if (!waited) {
                         wait();
+                        mark(WAIT_QKV);
                         waited = true;
                         if (end > position && first + round > position) {
                             // The token's own key and value have come meanwhile.
@@ -992,6 +1075,7 @@ struct Decoder {
                 }
                 __syncthreads();
             }
+            mark(pass == 0 ? GATE : UP);
         }
 #pragma unroll 1
         for (int i = threadIdx.x; i < n; i += DECODE_THREADS) {
@@ -1182,6 +1266,7 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
     const uint32_t token = min(__ldcg(&a.state->token), static_cast<uint32_t>(a.vocab_size - 1));
     const int position = static_cast<int>(min(__ldcg(&a.state->position), static_cast<uint32_t>(a.n_positions_max - 1)));
     m.arrivals_before = __ldcg(a.sync + 1);
+    m.start_marks();
     m.make_shares();
     m.n_sign_items = a.sign_rows == 0 ? 0 : (m.share(MLP).count + a.sign_rows - 1) / a.sign_rows;
 #pragma unroll 1
@@ -1201,8 +1286,11 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
         if (phase == OUT) {
             m.attention(layer, position);
             m.arrive();
+            m.mark(ATTEND);
             m.wait();
+            m.mark(WAIT_ATTEND);
             m.merge_attention(position);
+            m.mark(MERGE);
         } else {
             const float* norm = phase == QKV ? w.attn_norm : phase == MLP ? w.mlp_norm : a.final_norm;
             if (phase == MLP) {
@@ -1210,12 +1298,14 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
             }
             const int n_parts = phase == MLP || layer == 0 ? 0 : a.n_chunks;
             m.normalise(norm, layer == 0 && phase == QKV, token, n_parts, phase == QKV);
+            m.mark(phase == QKV ? NORM_QKV : phase == MLP ? NORM_MLP : NORM_HEAD);
         }
         const typename Decoder<T>::Segment s = m.segment_of(cut);
         const bool predicted = phase == MLP && w.rows == PREDICTED;
         if (predicted) {
             m.predict(w, m.share(MLP).count, &n_kept);
             __syncthreads();
+            m.mark(PREDICT);
         }
         const int n = predicted ? 0 : m.n_items(layer, phase);
         const int step = m.tile_rows(cut);
@@ -1243,6 +1333,7 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
             }
             __syncthreads();
         }
+        m.mark(phase == QKV ? ROWS_QKV : phase == OUT ? ROWS_OUT : phase == MLP ? ROWS_MLP : ROWS_HEAD);
         if (phase == HEAD) {
             break;
         }
@@ -1257,13 +1348,16 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
         }
         m.ask_norm(phase == OUT ? w.mlp_norm : layer + 1 < a.n_layers ? a.layers[layer + 1].attn_norm : a.final_norm);
         m.wait();
+        m.mark(phase == OUT ? WAIT_OUT : WAIT_H);
         if (phase == OUT) {
             phase = MLP;
             continue;
         }
         m.down(layer);
         m.arrive();
+        m.mark(DOWN);
         m.wait();
+        m.mark(WAIT_DOWN);
         layer++;
         phase = layer < a.n_layers ? QKV : HEAD;
     }
@@ -1281,6 +1375,8 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
         }
         m.finish(token, position);
     }
+    m.mark(FINISH);
+    m.store_marks();
 }
 
 extern "C" __global__ __launch_bounds__(DECODE_THREADS, 1) void decode_f32(const __grid_constant__ DecodeArgs a) {

@@ -11,4 +11,5 @@
 #include "prefill_mlp.cu"
 #include "prefill_rows.cu"
 #include "qkv.cu"
+#include "sample.cu"
 #include "token.cu"

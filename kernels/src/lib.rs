@@ -7,6 +7,7 @@ pub mod bytes;
 pub mod cpu;
 pub mod cuda;
 pub mod reference;
+pub mod sample;
 pub mod shape;
 
 pub use cpu::{AttentionScratch, Cpu, Isa, MlpScratch};

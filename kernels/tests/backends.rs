@@ -316,7 +316,7 @@ proptest! {
         // Values are at most 3, scores mostly below 10: an error of a score is one of its weight.
         let slack = vec![3.0 * 10.0; want.len()];
         on_each_backend(&want, &slack, |cpu| {
-            let mut scratch = AttentionScratch::new(&shape, cpu.n_threads());
+            let mut scratch = AttentionScratch::new(&shape);
             let mut out = vec![f32::NAN; n_tokens * width];
             cpu.attention(&shape, n_tokens, first, q, k.elements(), v.elements(), &mut scratch, &mut out).unwrap();
             // A token's result does not depend on its company.
@@ -377,7 +377,7 @@ proptest! {
 fn attention_refuses_what_lies_outside_the_cache() {
     let cpu = Cpu::with_isa(1, Isa::Portable);
     let shape = AttentionShape { n_heads: 4, n_kv_heads: 2, head_dim: 2, n_positions_max: 5 };
-    let mut scratch = AttentionScratch::new(&shape, 1);
+    let mut scratch = AttentionScratch::new(&shape);
     let cache = [0.0; 20];
     let mut call = |shape: AttentionShape, n_tokens, first, n_q: usize, n_keys: usize| {
         let (k, v) = (Elements::F32(&cache[..n_keys]), Elements::F32(&cache));

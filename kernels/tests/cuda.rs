@@ -13,9 +13,10 @@ use std::sync::{LazyLock, Mutex, MutexGuard};
 use common::{Random, TOLERANCE, Weights, magnitude, rows_of, sign_words};
 use half::f16;
 use kernels::cuda::{
-    AttentionCall, Buffer, CudaError, DecodeCall, DecodeLayer, Device, DeviceLimits, DeviceMatrix,
-    DeviceRows, DownCall, Dtype, GateUpCall, MatvecCall, QkvCall, View,
+    AttentionCall, Buffer, Chosen, CudaError, DecodeCall, DecodeLayer, Device, DeviceLimits, DeviceMatrix,
+    DeviceRows, DownCall, Dtype, GateUpCall, MatvecCall, QkvCall, SampleCall, View,
 };
+use kernels::sample::{Draw, random, reference as drawn};
 use kernels::{
     Activation, AttentionShape, Elements, Limits, Matrix, MlpCounts, MlpWeights, Rows, SignMatrix, reference,
 };
@@ -728,6 +729,7 @@ impl Model {
                 logits: logits.view(),
                 counts: counts.view(),
                 greedy: true,
+                clocks: None,
                 scratch: &scratch,
             })
             .unwrap();
@@ -840,5 +842,149 @@ proptest! {
             prop_assert_eq!(got_state, again_state);
             prop_assert_eq!(&got_counts, &again_counts);
         }
+    }
+}
+
+/// Draws a token as the token of a text at `position`, into poisoned memory: what was chosen, and the state.
+fn sample(
+    device: &Device,
+    logits: &[f32],
+    excluded: &[u32],
+    draw: Draw,
+    seed: u64,
+    position: usize,
+) -> (Chosen, [u32; 2]) {
+    let logits = upload(device, logits);
+    let excluded = if excluded.is_empty() { device.alloc(0) } else { device.upload(excluded) }.unwrap();
+    let (state, chosen) = (state(device, 0xdead_beef, position), device.upload(&[0xdead_beefu32]).unwrap());
+    device
+        .sample(&SampleCall {
+            logits: logits.view(),
+            excluded: excluded.view(),
+            state: state.view(),
+            chosen: chosen.view(),
+            draw,
+            seed,
+        })
+        .unwrap();
+    let (mut got, mut got_state) = ([0u32], [0u32; 2]);
+    device.read(chosen.view(), &mut got).unwrap();
+    device.read(state.view(), &mut got_state).unwrap();
+    (Chosen::of(got[0]), got_state)
+}
+
+/// That the device draws what the reference draws, each of ten times.
+fn assert_sample(device: &Device, logits: &[f32], excluded: &[u32], draw: Draw, seed: u64, position: usize) {
+    let mut left = logits.to_vec();
+    for &id in excluded {
+        if let Some(logit) = left.get_mut(id as usize) {
+            *logit = f32::NEG_INFINITY;
+        }
+    }
+    let want = drawn(&left, &draw, random(seed, position as u32)).map_or(Chosen::Empty, Chosen::Token);
+    for _ in 0..10 {
+        let (got, got_state) = sample(device, logits, excluded, draw, seed, position);
+        assert_eq!(got, want, "{} logits, {draw:?}, seed {seed}, position {position}", logits.len());
+        if let Chosen::Token(id) = want {
+            assert_eq!(got_state, [id, position as u32]);
+        }
+    }
+}
+
+/// Vocabularies on both sides of a warp, a block and its loads.
+fn any_vocabulary() -> impl Strategy<Value = usize> {
+    prop_oneof![1..70usize, 1000..1060usize, 2040..2060usize, 8180..8200usize, 31_990..32_010usize]
+}
+
+/// Any options, with the edges of each more often than chance.
+fn any_draw() -> impl Strategy<Value = Draw> {
+    (
+        prop_oneof![Just(0.0), Just(1e-30), Just(1e-3), 0.1..3.0],
+        prop_oneof![Just(0usize), Just(1), 2..100usize, 2000..2100usize, Just(40_000)],
+        prop_oneof![Just(1.0), Just(0.0), Just(1e-9), 0.0..1.0],
+        prop_oneof![Just(0.0), Just(1.0), 0.0..1.0],
+    )
+        .prop_map(|(temp, top_k, top_p, min_p)| Draw::new(temp, top_k, top_p, min_p))
+}
+
+proptest! {
+    #![proptest_config(config())]
+
+    /// Spreads from nearly equal logits to a single likely one; few values, so that there are ties; minus infinity.
+    #[test]
+    fn sample_is_the_reference(
+        n in any_vocabulary(), spread in prop_oneof![Just(1e-4f32), Just(1.0), Just(8.0), Just(60.0)], kind in 0..4usize,
+        draw in any_draw(), seed: u64, position in 0..5000usize,
+    ) {
+        let device = device();
+        let mut random = Random::new(seed);
+        let logits: Vec<f32> = random
+            .values(n)
+            .into_iter()
+            .map(|v| match kind {
+                0 => spread * v,
+                1 => (4.0 * v).round(),
+                2 => 0.5,
+                _ if v > 0.0 => f32::NEG_INFINITY,
+                _ => spread * v,
+            })
+            .collect();
+        let excluded = [0, 1, 7].map(|_| random.below(n as u64 + 5) as u32);
+        assert_sample(&device, &logits, &excluded[..kind % 4], draw, seed, position);
+    }
+}
+
+#[test]
+fn sample_of_a_wide_vocabulary_is_the_reference() {
+    let device = device();
+    for (n, seed) in [(131_072, 1), (262_144, 2), (256_001, 3)] {
+        let logits: Vec<f32> = Random::new(seed).values(n).into_iter().map(|v| 6.0 * v).collect();
+        for draw in [
+            Draw::new(0.0, 0, 1.0, 0.0),
+            Draw::new(0.8, 40, 0.95, 0.05),
+            Draw::new(0.8, 0, 0.95, 0.0),
+            Draw::new(1.0, 5000, 1.0, 0.0),
+            Draw::new(1.0, 0, 1.0, 0.0),
+        ] {
+            assert_sample(&device, &logits, &[], draw, seed, 17);
+        }
+    }
+}
+
+#[test]
+fn sample_refuses_logits_that_are_none() {
+    let device = device();
+    for draw in [Draw::new(0.0, 0, 1.0, 0.0), Draw::new(0.8, 40, 0.95, 0.05), Draw::new(1.0, 0, 1.0, 0.0)] {
+        for bad in [f32::NAN, f32::INFINITY] {
+            let mut logits = vec![0.5; 3000];
+            logits[2999] = bad;
+            assert_eq!(sample(&device, &logits, &[], draw, 1, 2).0, Chosen::BadLogit);
+            assert_eq!(sample(&device, &logits, &[2999], draw, 1, 2).0, Chosen::BadLogit);
+        }
+        assert_eq!(sample(&device, &[f32::NEG_INFINITY; 40], &[], draw, 1, 2).0, Chosen::Empty);
+        assert_eq!(sample(&device, &[1.0, 2.0], &[0, 1], draw, 1, 2).0, Chosen::Empty);
+    }
+}
+
+/// Twenty thousand positions of one text: each token as often as its probability says.
+#[test]
+fn sample_follows_the_probabilities() {
+    let device = device();
+    let logits: Vec<f32> = [0.5f32, 0.25, 0.125, 0.125].iter().map(|p| p.ln()).collect();
+    let (logits, excluded) = (upload(&device, &logits), device.alloc(0).unwrap());
+    let chosen = device.alloc(4).unwrap();
+    let mut counts = [0u32; 4];
+    for position in 0..20_000 {
+        let state = state(&device, 0, position);
+        let draw = Draw::new(1.0, 0, 1.0, 0.0);
+        let (logits, excluded, state) = (logits.view(), excluded.view(), state.view());
+        device.sample(&SampleCall { logits, excluded, state, chosen: chosen.view(), draw, seed: 5 }).unwrap();
+        let mut got = [0u32];
+        device.read(chosen.view(), &mut got).unwrap();
+        counts[got[0] as usize] += 1;
+    }
+    for (count, expected) in counts.iter().zip([10_000, 5_000, 2_500, 2_500]) {
+        // Five standard deviations of a binomial count are below 354.
+        assert!(count.abs_diff(expected) < 354, "{counts:?}");
     }
 }

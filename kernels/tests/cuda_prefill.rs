@@ -16,7 +16,7 @@ use half::{bf16, f16};
 use kernels::cuda::{
     Buffer, CudaError, Device, DeviceLimits, DeviceMatrix, Dtype, FloatRows, Gemm, GemmCall, Mirror,
     Placement, PrefillAttentionCall, PrefillGatedCall, PrefillNormCall, PrefillRopeCall, PrefillSkipCall,
-    UploadError, View, rounded_bytes,
+    UploadError, UploadPlan, View, rounded_bytes, upload,
 };
 use kernels::{Activation, AttentionShape, Elements, Limits, SignMatrix, reference};
 
@@ -668,6 +668,31 @@ fn mirrors_hold_the_bytes() {
     let x = poison(&device, part.len());
     device.prefill_embed(&w, tokens.view(), x.view()).unwrap();
     assert!(download::<u8>(&device, x.view()) == part, "the pages read in place differ");
+}
+
+#[test]
+fn every_plan_of_an_upload_brings_the_bytes() {
+    let device = device();
+    let mut random = Random::new(9);
+    let bytes: Vec<u8> = (0..(3 << 20) + 77).map(|_| random.below(256) as u8).collect();
+    let read = |offset: usize, buffer: &mut [u8]| {
+        buffer.copy_from_slice(&bytes[offset..offset + buffer.len()]);
+        Ok(())
+    };
+    for (n_readers, n_buffers, chunk_bytes) in
+        [(1, 2, 1 << 16), (3, 4, 100_003), (8, 24, 1 << 20), (2, 9, 1 << 24)]
+    {
+        let plan = UploadPlan { n_readers, n_buffers, chunk_bytes };
+        let memory = device.upload(&vec![0xa5_u8; bytes.len()]).unwrap();
+        upload(&device, memory.view(), &plan, &read, &mut |_| {}).unwrap();
+        assert!(download::<u8>(&device, memory.view()) == bytes, "{plan:?}");
+    }
+    for (n_readers, n_buffers, chunk_bytes) in [(0, 2, 1024), (2, 2, 1024), (1, 2, 0)] {
+        let plan = UploadPlan { n_readers, n_buffers, chunk_bytes };
+        let memory = device.alloc(bytes.len()).unwrap();
+        let error = upload(&device, memory.view(), &plan, &read, &mut |_| {}).unwrap_err();
+        assert!(matches!(error, UploadError::Cuda(CudaError::Shape(_))), "{plan:?}: {error}");
+    }
 }
 
 #[test]

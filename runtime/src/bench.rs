@@ -1,13 +1,16 @@
 //! Speed of prompts and of decoding, dense, exact and predicted side by side in one process.
 //!
 //! The modes take turns within each repetition, so that a machine that slows down slows all of them. Decoding runs
-//! over a text that the model wrote itself, the same for all modes: rows kept and active are those of real text.
+//! over a text that the model wrote itself, the same for all modes: rows kept and active are those of real text. Limits
+//! for a share of rows kept are found on that text as well, by measuring n_neg. A decoded token includes the choice of the
+//! most probable next one, on the device where generating text would choose there; the text goes on as it is.
 
 use std::io::{self, Write};
 use std::time::Instant;
 
 use serde::Serialize;
 
+use crate::keep_share::{Scores, limits_keeping};
 use crate::sampler::{Sampler, SamplerOptions};
 use crate::stats::{RowShares, mean_and_deviation, ratio};
 use crate::{AuditOptions, AuditReport, MlpMode, RuntimeError, Session};
@@ -16,7 +19,7 @@ use crate::{AuditOptions, AuditReport, MlpMode, RuntimeError, Session};
 const N_WARM_UP: usize = 16;
 
 /// What to measure.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct BenchOptions {
     /// Tokens of the prompt; 0 leaves the row out.
     pub n_prompt: usize,
@@ -28,6 +31,8 @@ pub struct BenchOptions {
     pub alpha_scale: f64,
     /// Adds a row that is predicted and audited.
     pub audit: Option<AuditOptions>,
+    /// Shares of gate rows, above 0 and at most 1: a row of decoding for each, under limits that keep it.
+    pub keep_shares: Vec<f64>,
 }
 
 /// Results of one process on one machine.
@@ -53,6 +58,9 @@ pub struct BenchRow {
     pub test: String,
     /// `dense`, `exact`, `predicted`, `audited` or `adaptive`.
     pub mode: &'static str,
+    /// Share of gate rows that was asked for; none: the mode's own limits.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keep_share: Option<f64>,
     /// Mean over the repetitions.
     pub tok_per_s: f64,
     /// Sample standard deviation over the repetitions.
@@ -65,6 +73,8 @@ pub struct BenchRow {
 /// Figures of decoded tokens.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct DecodeFigures {
+    /// Bytes needed for a token, mean.
+    pub bytes_per_token: f64,
     /// Bytes needed by time, in 10^9 bytes/s.
     pub gb_per_s: f64,
     /// `gb_per_s` by the measured read bandwidth.
@@ -77,13 +87,22 @@ pub struct DecodeFigures {
     pub rows_active: f64,
 }
 
+/// Gate rows that a contender reads.
+#[derive(Debug)]
+enum Selection {
+    Mode(MlpMode),
+    /// The share asked for, and limits that keep it.
+    Share(f64, Vec<u32>),
+}
+
 /// One mode being measured.
 #[derive(Debug)]
 struct Contender {
     name: &'static str,
-    mode: MlpMode,
+    rows: Selection,
     audit: Option<AuditOptions>,
     tok_per_s: Vec<f64>,
+    n_tokens: u64,
     n_bytes: u64,
     seconds: f64,
     shares: RowShares,
@@ -92,24 +111,31 @@ struct Contender {
 /// Measures `session`, whose context must hold the longer of the two tests. Leaves it without positions and audits.
 ///
 /// # Errors
-/// [`RuntimeError::ContextFull`]; those of [`Session::set_mode`] and [`Session::set_audit`].
+/// [`RuntimeError::ContextFull`]; [`RuntimeError::NoSigns`] for a share of rows in a file made without prediction; those
+/// of [`Session::set_mode`] and [`Session::set_audit`].
 pub fn bench(session: &mut Session<'_>, options: &BenchOptions) -> Result<Bench, RuntimeError> {
-    let mut contenders =
-        vec![Contender::new("dense", MlpMode::Dense), Contender::new("exact", MlpMode::Exact)];
+    let mode = |name, mode| Contender::new(name, Selection::Mode(mode));
+    let mut contenders = vec![mode("dense", MlpMode::Dense), mode("exact", MlpMode::Exact)];
     session.set_mode(MlpMode::Stored, options.alpha_scale)?;
     if session.limits().iter().any(Option::is_some) {
-        contenders.push(Contender::new("predicted", MlpMode::Stored));
+        contenders.push(mode("predicted", MlpMode::Stored));
     }
     if let Some(audit) = options.audit {
         let name = if audit.adaptive { "adaptive" } else { "audited" };
-        contenders.push(Contender { audit: Some(audit), ..Contender::new(name, MlpMode::Stored) });
+        contenders.push(Contender { audit: Some(audit), ..mode(name, MlpMode::Stored) });
     }
     let text = own_text(session, options.n_decode.max(N_WARM_UP).min(session.n_positions_max()))?;
     let prompt: Vec<u32> = text.iter().copied().cycle().take(options.n_prompt).collect();
     let decoded = &text[..options.n_decode.min(text.len())];
     if options.n_decode > decoded.len() {
-        let n_positions_max = session.n_positions_max();
-        return Err(RuntimeError::ContextFull { wanted: options.n_decode, n_positions_max });
+        return Err(session.context_full(options.n_decode));
+    }
+    if options.n_decode > 0 && !options.keep_shares.is_empty() {
+        let scores = Scores::measure(session, decoded, false)?;
+        for &share in &options.keep_shares {
+            let limits = limits_keeping(session, &scores, decoded, share)?;
+            contenders.push(Contender::new("predicted", Selection::Share(share, limits)));
+        }
     }
 
     session.set_mode(MlpMode::Dense, 1.0)?;
@@ -141,7 +167,14 @@ pub fn bench(session: &mut Session<'_>, options: &BenchOptions) -> Result<Bench,
     if options.n_prompt > 0 {
         let (tok_per_s, tok_per_s_deviation) = mean_and_deviation(&prompt_tok_per_s);
         let test = format!("pp{}", options.n_prompt);
-        rows.push(BenchRow { test, mode: "dense", tok_per_s, tok_per_s_deviation, decode: None });
+        rows.push(BenchRow {
+            test,
+            mode: "dense",
+            keep_share: None,
+            tok_per_s,
+            tok_per_s_deviation,
+            decode: None,
+        });
     }
     if options.n_decode > 0 {
         let (dense_tok_per_s, _) = mean_and_deviation(&contenders[0].tok_per_s);
@@ -163,7 +196,9 @@ fn own_text(session: &mut Session<'_>, n_tokens: usize) -> Result<Vec<u32>, Runt
     session.reset();
     let mut text = vec![first];
     while text.len() < n_tokens {
-        let logits = session.decode(text[text.len() - 1])?;
+        let last = text[text.len() - 1];
+        let logits = session.decode(last)?;
+        sampler.accept(last);
         // Useless logits still take as long to compute as good ones: go on with any token.
         text.push(sampler.sample(logits).unwrap_or(first));
     }
@@ -171,12 +206,13 @@ fn own_text(session: &mut Session<'_>, n_tokens: usize) -> Result<Vec<u32>, Runt
 }
 
 impl Contender {
-    fn new(name: &'static str, mode: MlpMode) -> Self {
+    fn new(name: &'static str, rows: Selection) -> Self {
         Self {
             name,
-            mode,
+            rows,
             audit: None,
             tok_per_s: Vec::new(),
+            n_tokens: 0,
             n_bytes: 0,
             seconds: 0.0,
             shares: RowShares::default(),
@@ -186,13 +222,25 @@ impl Contender {
     /// Decodes `tokens` in an empty context; returns the seconds it took.
     fn run(&self, session: &mut Session<'_>, alpha_scale: f64, tokens: &[u32]) -> Result<f64, RuntimeError> {
         session.set_audit(None)?;
-        session.set_mode(self.mode, alpha_scale)?;
+        match &self.rows {
+            Selection::Mode(mode) => session.set_mode(*mode, alpha_scale)?,
+            Selection::Share(_, limits) => session.set_limits(limits)?,
+        }
+        let greedy = SamplerOptions { temp: 0.0, ..SamplerOptions::default() };
+        let mut sampler = Sampler::new(&greedy, session.model().config().vocab_size as usize, &[]);
+        session.set_sampler(&greedy, &[])?;
         session.set_audit(self.audit)?;
+        session.reset();
+        // Ahead of the clock: the first token with other rows has the engine prepare for them. What is chosen does not
+        // matter, nor that nothing can be.
+        if let Some(&token) = tokens.first() {
+            let _ = session.decode_and_choose(token, &mut sampler)?;
+        }
         session.reset();
         session.reset_usage();
         let started = Instant::now();
         for &token in tokens {
-            session.decode(token)?;
+            let _ = session.decode_and_choose(token, &mut sampler)?;
         }
         Ok(started.elapsed().as_secs_f64())
     }
@@ -201,6 +249,7 @@ impl Contender {
     fn record(&mut self, session: &Session<'_>, seconds: f64) {
         let usage = session.usage();
         self.tok_per_s.push(ratio(usage.n_tokens as f64, seconds));
+        self.n_tokens += usage.n_tokens;
         self.n_bytes += usage.n_bytes;
         self.seconds += seconds;
         // The same in every repetition.
@@ -211,13 +260,18 @@ impl Contender {
         let (tok_per_s, tok_per_s_deviation) = mean_and_deviation(&self.tok_per_s);
         let gb_per_s = ratio(self.n_bytes as f64 * 1e-9, self.seconds);
         let decode = DecodeFigures {
+            bytes_per_token: ratio(self.n_bytes as f64, self.n_tokens as f64),
             gb_per_s,
             read_share: ratio(gb_per_s, read_gb_per_s),
             speedup: ratio(tok_per_s, dense_tok_per_s),
             rows_kept: self.shares.kept,
             rows_active: self.shares.active,
         };
-        BenchRow { test, mode: self.name, tok_per_s, tok_per_s_deviation, decode: Some(decode) }
+        let keep_share = match self.rows {
+            Selection::Mode(_) => None,
+            Selection::Share(share, _) => Some(share),
+        };
+        BenchRow { test, mode: self.name, keep_share, tok_per_s, tok_per_s_deviation, decode: Some(decode) }
     }
 }
 
@@ -230,26 +284,35 @@ impl Bench {
         writeln!(out, "{} on {}, reads {:.1} GB/s\n", self.model, self.device, self.read_gb_per_s)?;
         writeln!(
             out,
-            "| test   | mode      |            tok/s | to dense |    GB/s | of read | rows kept | rows active |"
+            "| test   | mode        |            tok/s | to dense | MB/token |    GB/s | of read | rows kept | rows active |"
         )?;
         writeln!(
             out,
-            "|--------|-----------|-----------------:|---------:|--------:|--------:|----------:|------------:|"
+            "|--------|-------------|-----------------:|---------:|---------:|--------:|--------:|----------:|------------:|"
         )?;
         for row in &self.rows {
             let speed = format!("{:.2} ± {:.2}", row.tok_per_s, row.tok_per_s_deviation);
-            write!(out, "| {:<6} | {:<9} | {speed:>16} |", row.test, row.mode)?;
+            let mode = match row.keep_share {
+                None => row.mode.to_owned(),
+                Some(share) => format!("keep {} %", (1e6 * share).round() / 1e4),
+            };
+            write!(out, "| {:<6} | {mode:<11} | {speed:>16} |", row.test)?;
             match &row.decode {
                 Some(decode) => writeln!(
                     out,
-                    " {:>7.2}x | {:>7.2} | {:>5.1} % | {:>7.1} % | {:>9.1} % |",
+                    " {:>7.2}x | {:>8.1} | {:>7.2} | {:>5.1} % | {:>7.1} % | {:>9.1} % |",
                     decode.speedup,
+                    1e-6 * decode.bytes_per_token,
                     decode.gb_per_s,
                     100.0 * decode.read_share,
                     100.0 * decode.rows_kept,
                     100.0 * decode.rows_active
                 )?,
-                None => writeln!(out, " {:>8} | {:>7} | {:>7} | {:>9} | {:>11} |", "", "", "", "", "")?,
+                None => writeln!(
+                    out,
+                    " {:>8} | {:>8} | {:>7} | {:>7} | {:>9} | {:>11} |",
+                    "", "", "", "", "", ""
+                )?,
             }
         }
         if let Some(audit) = &self.audit {
@@ -266,28 +329,34 @@ impl Bench {
     pub fn write_csv(&self, out: &mut dyn Write) -> io::Result<()> {
         writeln!(
             out,
-            "model,device,read_gb_per_s,test,mode,tok_per_s,tok_per_s_deviation,gb_per_s,read_share,speedup,\
-             rows_kept,rows_active"
+            "model,device,read_gb_per_s,test,mode,keep_share,tok_per_s,tok_per_s_deviation,bytes_per_token,\
+             gb_per_s,read_share,speedup,rows_kept,rows_active"
         )?;
         for row in &self.rows {
             write!(
                 out,
-                "{},{},{:.3},{},{},{:.3},{:.3}",
+                "{},{},{:.3},{},{},{},{:.3},{:.3}",
                 quoted(&self.model),
                 quoted(&self.device),
                 self.read_gb_per_s,
                 row.test,
                 row.mode,
+                row.keep_share.map_or_else(String::new, |share| share.to_string()),
                 row.tok_per_s,
                 row.tok_per_s_deviation
             )?;
             match &row.decode {
                 Some(decode) => writeln!(
                     out,
-                    ",{:.3},{:.4},{:.4},{:.6},{:.6}",
-                    decode.gb_per_s, decode.read_share, decode.speedup, decode.rows_kept, decode.rows_active
+                    ",{:.0},{:.3},{:.4},{:.4},{:.6},{:.6}",
+                    decode.bytes_per_token,
+                    decode.gb_per_s,
+                    decode.read_share,
+                    decode.speedup,
+                    decode.rows_kept,
+                    decode.rows_active
                 )?,
-                None => writeln!(out, ",,,,,")?,
+                None => writeln!(out, ",,,,,,")?,
             }
         }
         Ok(())
@@ -307,11 +376,13 @@ mod tests {
         let prompt = BenchRow {
             test: "pp512".to_owned(),
             mode: "dense",
+            keep_share: None,
             tok_per_s: 1000.0,
             tok_per_s_deviation: 5.5,
             decode: None,
         };
         let figures = DecodeFigures {
+            bytes_per_token: 5.5e8,
             gb_per_s: 11.0,
             read_share: 0.5,
             speedup: 1.8,
@@ -321,15 +392,17 @@ mod tests {
         let decode = BenchRow {
             test: "tg128".to_owned(),
             mode: "predicted",
+            keep_share: None,
             tok_per_s: 20.0,
             tok_per_s_deviation: 0.25,
             decode: Some(figures),
         };
+        let asked = BenchRow { keep_share: Some(0.135), ..decode.clone() };
         Bench {
             model: "a \"b\".sinf".to_owned(),
             device: "cpu (avx2, 2 threads)".to_owned(),
             read_gb_per_s: 22.0,
-            rows: vec![prompt, decode],
+            rows: vec![prompt, decode, asked],
             audit: None,
         }
     }
@@ -344,21 +417,26 @@ mod tests {
     fn tables_have_as_many_cells_in_every_row() {
         let markdown = written(Bench::write_markdown);
         let rows: Vec<&str> = markdown.lines().filter(|line| line.starts_with('|')).collect();
-        assert_eq!(rows.len(), 4);
-        assert!(rows.iter().all(|row| row.matches('|').count() == 9), "{markdown}");
+        assert_eq!(rows.len(), 5);
+        assert!(rows.iter().all(|row| row.matches('|').count() == 10), "{markdown}");
         assert!(rows.iter().all(|row| row.chars().count() == rows[0].chars().count()), "{markdown}");
         assert!(rows[3].contains("20.00 ± 0.25") && rows[3].contains("1.80x"), "{markdown}");
+        assert!(rows[3].contains("| predicted ") && rows[3].contains(" 550.0 |"), "{markdown}");
+        assert!(rows[4].contains("| keep 13.5 % |"), "{markdown}");
     }
 
     #[test]
     fn csv_quotes_names_and_leaves_unknown_fields_empty() {
         let csv = written(Bench::write_csv);
         let lines: Vec<&str> = csv.lines().collect();
-        assert_eq!(lines[0].split(',').count(), 12);
+        assert_eq!(lines[0].split(',').count(), 14);
         assert_eq!(
             lines[1],
-            "\"a \"\"b\"\".sinf\",\"cpu (avx2, 2 threads)\",22.000,pp512,dense,1000.000,5.500,,,,,"
+            "\"a \"\"b\"\".sinf\",\"cpu (avx2, 2 threads)\",22.000,pp512,dense,,1000.000,5.500,,,,,,"
         );
-        assert!(lines[2].ends_with("tg128,predicted,20.000,0.250,11.000,0.5000,1.8000,0.250000,0.125000"));
+        let figures = "20.000,0.250,550000000,11.000,0.5000,1.8000,0.250000,0.125000";
+        assert!(lines[2].ends_with(&format!("tg128,predicted,,{figures}")), "{csv}");
+        assert!(lines[3].ends_with(&format!("tg128,predicted,0.135,{figures}")), "{csv}");
+        assert!(lines[1..].iter().all(|line| line.matches(',').count() == 14), "{csv}");
     }
 }

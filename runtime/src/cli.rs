@@ -122,6 +122,9 @@ pub(crate) struct Cli {
     /// List devices and stop
     #[arg(long, help_heading = "Machine")]
     list_devices: bool,
+    /// Measure the read bandwidth of each device of --list-devices
+    #[arg(long, help_heading = "Machine")]
+    measure: bool,
 
     /// Print one JSON object instead of text
     #[arg(long, help_heading = "Output")]
@@ -129,6 +132,9 @@ pub(crate) struct Cli {
     /// Add the K largest logits of each step to the JSON object
     #[arg(long, value_name = "K", help_heading = "Output", default_value_t = 0, value_parser = count(0..=usize::MAX))]
     pub(crate) logits: usize,
+    /// Show no progress on a terminal
+    #[arg(long, help_heading = "Output")]
+    pub(crate) quiet: bool,
     /// Add rows by layer to the statistics
     #[arg(long, help_heading = "Output")]
     pub(crate) verbose: bool,
@@ -145,6 +151,10 @@ pub(crate) struct Cli {
     /// Format of --bench [default: md]
     #[arg(long, value_enum, value_name = "FORMAT", help_heading = "Measure")]
     output: Option<Table>,
+    /// Shares of gate rows for --bench to keep, above 0 and at most 1: a row for each, under limits found by measuring.
+    /// A layer has one whole limit, which moves its share by some 0.8 / sqrt(hidden_size); layers make up for each other
+    #[arg(long, value_name = "S[,S...]", help_heading = "Measure", value_delimiter = ',', value_parser = share)]
+    keep_share: Vec<f64>,
     /// Measure perplexity over a text file, - for stdin, in windows of the context
     #[arg(long, value_name = "TEXT", help_heading = "Measure", conflicts_with_all = ["prompt", "prompt_file", "chat"])]
     perplexity: Option<PathBuf>,
@@ -221,7 +231,9 @@ impl<'a> Source<'a> {
 /// What to do, flags that belong together checked.
 #[derive(Debug)]
 pub(crate) enum Action<'a> {
-    ListDevices,
+    ListDevices {
+        measure: bool,
+    },
     Check {
         file: &'a Path,
     },
@@ -236,6 +248,7 @@ pub(crate) enum Action<'a> {
         n_prompt: usize,
         n_decode: usize,
         n_repetitions: usize,
+        keep_shares: &'a [f64],
         output: Table,
     },
     Perplexity {
@@ -253,7 +266,7 @@ impl Cli {
     /// What clap prints and exits with code 2 for.
     pub(crate) fn action(&self) -> Result<Action<'_>, clap::Error> {
         if self.list_devices {
-            return Ok(Action::ListDevices);
+            return Ok(Action::ListDevices { measure: self.measure });
         }
         let Some(file) = self.file.as_deref() else {
             return Err(usage(ErrorKind::MissingRequiredArgument, "FILE is missing"));
@@ -290,7 +303,9 @@ impl Cli {
         for (flag, is_given, action, is_asked) in [
             ("--repetitions", self.repetitions.is_some(), "--bench", self.bench),
             ("--output", self.output.is_some(), "--bench", self.bench),
+            ("--keep-share", !self.keep_share.is_empty(), "--bench", self.bench),
             ("--logits", self.logits > 0, "--json", self.json),
+            ("--measure", self.measure, "--list-devices", self.list_devices),
             ("--kl", self.kl, "--perplexity", self.perplexity.is_some()),
             ("--windows", self.windows.is_some(), "--perplexity", self.perplexity.is_some()),
         ] {
@@ -315,7 +330,7 @@ impl Cli {
         Ok(())
     }
 
-    fn bench_action<'a>(&self, file: &'a Path) -> Result<Action<'a>, clap::Error> {
+    fn bench_action<'a>(&'a self, file: &'a Path) -> Result<Action<'a>, clap::Error> {
         let n_prompt = match &self.prompt {
             None => N_BENCH_PROMPT,
             Some(count) => count.parse().map_err(|_| {
@@ -341,6 +356,7 @@ impl Cli {
             n_prompt,
             n_decode,
             n_repetitions: self.repetitions.unwrap_or(N_BENCH_REPETITIONS),
+            keep_shares: &self.keep_share,
             output: self.output.unwrap_or(Table::Md),
         })
     }
@@ -389,6 +405,14 @@ fn number(range: RangeInclusive<f64>) -> impl Fn(&str) -> Result<f64, String> + 
         // NaN is in no range.
         Ok(number) if range.contains(&number) => Ok(number),
         _ => Err(format!("expected a number from {} to {}", range.start(), range.end())),
+    }
+}
+
+/// A share of something, of which nothing is none.
+fn share(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(share) if share > 0.0 && share <= 1.0 => Ok(share),
+        _ => Err("expected a number above 0 and at most 1".to_owned()),
     }
 }
 
@@ -454,7 +478,8 @@ mod tests {
 
     #[test]
     fn every_action_is_reached() {
-        assert_eq!(accepted(&["--list-devices"]), "ListDevices");
+        assert_eq!(accepted(&["--list-devices"]), "ListDevices { measure: false }");
+        assert_eq!(accepted(&["--list-devices", "--measure"]), "ListDevices { measure: true }");
         assert!(accepted(&["m.sinf", "--check"]).starts_with("Check"));
         let generate = accepted(&["m.sinf", "-p", "", "-n", "7", "--chat", "llama2", "--check"]);
         assert!(
@@ -467,6 +492,8 @@ mod tests {
         assert!(bench.contains("n_repetitions: 5") && bench.contains("Md"), "{bench}");
         let bench = accepted(&["m.sinf", "--bench", "-p", "16", "-n", "0", "-r", "2", "--output", "csv"]);
         assert!(bench.contains("n_prompt: 16") && bench.contains("n_decode: 0"), "{bench}");
+        let bench = accepted(&["m.sinf", "--bench", "--keep-share", "0.1,0.35,1"]);
+        assert!(bench.contains("keep_shares: [0.1, 0.35, 1.0]"), "{bench}");
         let perplexity = accepted(&["m.sinf", "--perplexity", "t.txt", "--kl", "--windows", "3", "--json"]);
         assert!(perplexity.contains("t.txt") && perplexity.contains("kl: true"), "{perplexity}");
     }
@@ -480,9 +507,14 @@ mod tests {
         assert!(refused(&["m.sinf", "--bench", "-n", "-1"]).contains("-1"));
         refused(&["m.sinf", "--bench", "-p", "0", "-n", "0"]);
         refused(&["m.sinf", "-p", "x", "--kl"]);
+        refused(&["m.sinf", "-p", "x", "--measure"]);
         refused(&["m.sinf", "-p", "x", "--logits", "3"]);
         refused(&["m.sinf", "-p", "x", "--output", "csv"]);
         refused(&["m.sinf", "-f", "x", "-r", "3"]);
+        refused(&["m.sinf", "-p", "x", "--keep-share", "0.5"]);
+        for share in ["0", "1.01", "-0.1", "nan", "0.1,", "0.1,x"] {
+            refused(&["m.sinf", "--bench", &format!("--keep-share={share}")]);
+        }
         refused(&["m.sinf", "--bench", "--windows", "3"]);
         refused(&["m.sinf", "-p", "x", "--perplexity", "t.txt"]);
         assert!(

@@ -5,6 +5,8 @@ use std::str::FromStr;
 
 use kernels::{Cpu, cuda};
 
+use crate::forward::measure_read_gb_per_s;
+
 /// A device as users name it: `auto`, `cpu`, `cuda`, `cuda:1`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Device {
@@ -83,26 +85,37 @@ impl fmt::Display for Device {
     }
 }
 
-/// One line for each device, and one for each backend that has none.
-pub fn list() -> Vec<String> {
-    std::iter::once(cpu_line()).chain(cuda_lines()).collect()
+/// One line for each device, and one for each backend that has none. With `measure`, the read bandwidth of each device,
+/// which takes a second or two and needs a few GiB of its memory.
+pub fn list(measure: bool) -> Vec<String> {
+    std::iter::once(cpu_line(measure)).chain(cuda_lines(measure)).collect()
 }
 
-fn cpu_line() -> String {
+fn cpu_line(measure: bool) -> String {
     let cpu = Cpu::new(0);
     let memory = match memory_gib() {
         Some((available, total)) => format!(", {available:.1} of {total:.1} GiB memory available"),
         None => String::new(),
     };
-    format!("cpu     {}, {} threads{memory}", cpu.isa(), cpu.n_threads())
+    let reads = if measure { reads(measure_read_gb_per_s(&cpu)) } else { String::new() };
+    format!("cpu     {}, {} threads{memory}{reads}", cpu.isa(), cpu.n_threads())
 }
 
-fn cuda_lines() -> Vec<String> {
+fn reads(gb_per_s: f64) -> String {
+    format!(", reads {gb_per_s:.1} GB/s")
+}
+
+fn cuda_lines(measure: bool) -> Vec<String> {
     if !cuda::is_built_in() {
         return vec!["cuda    not available: this program was built without CUDA".to_owned()];
     }
     match cuda::list_devices() {
-        Ok(devices) => devices.iter().map(cuda_device_line).collect(),
+        Ok(devices) => devices
+            .iter()
+            .map(|device| {
+                cuda_device_line(device) + &if measure { cuda_reads(device) } else { String::new() }
+            })
+            .collect(),
         Err(error) => vec![format!("cuda    not available: {error}")],
     }
 }
@@ -118,6 +131,12 @@ fn cuda_device_line(device: &cuda::DeviceInfo) -> String {
         gib(device.free_bytes),
         gib(device.total_bytes)
     )
+}
+
+/// What was measured of a device, or why not: a listing goes on.
+fn cuda_reads(device: &cuda::DeviceInfo) -> String {
+    let measured = cuda::Device::open(device.ordinal).and_then(|device| device.measure_read_gb_per_s());
+    measured.map_or_else(|error| format!(", cannot be measured: {error}"), reads)
 }
 
 /// Available and total memory in GiB, where the system says so.

@@ -6,6 +6,7 @@
 use kernels::BitPlanes;
 
 use crate::audit::Audit;
+use crate::sampler::{SampleError, SamplerOptions};
 use crate::session::{MlpObserver, Usage};
 use crate::{MlpMode, RuntimeError};
 
@@ -96,6 +97,23 @@ pub(crate) trait Engine<'m>: std::fmt::Debug {
 
     /// The choice of one layer, to be moved.
     fn layer_rows_mut(&mut self, layer: usize) -> &mut RowChoice;
+
+    /// Has [`Engine::decode_and_choose`] draw from now on as a [`crate::sampler::Sampler`] with these options and tokens
+    /// never chosen does, or not draw where the engine cannot do so.
+    fn set_sampler(&mut self, _options: &SamplerOptions, _excluded: &[u32]) -> Result<(), RuntimeError> {
+        Ok(())
+    }
+
+    /// As [`Engine::decode`], and draws the next token where the logits are; `None`, without any of it, from an engine
+    /// that does not draw.
+    fn decode_and_choose(
+        &mut self,
+        _token: u32,
+        _position: usize,
+        _usage: &mut Usage,
+    ) -> Result<Option<Result<u32, SampleError>>, RuntimeError> {
+        Ok(None)
+    }
 
     /// Appends a batch, computing every row.
     fn forward_batch(

@@ -31,6 +31,8 @@ pub enum RuntimeError {
         wanted: usize,
         /// Positions of the session.
         n_positions_max: usize,
+        /// `max_position_embeddings`.
+        max: usize,
     },
     /// A context larger than the model was made for.
     #[error("a context of {wanted} tokens was asked for, the model was made for at most {max}")]
@@ -108,6 +110,14 @@ pub enum RuntimeError {
         /// What was asked for.
         found: f64,
     },
+    /// Limits for a predictor that has nothing to count.
+    #[error("{path}: layer {layer} has no sign words, so no limit on them can be set")]
+    NoSigns {
+        /// The file.
+        path: String,
+        /// The layer.
+        layer: usize,
+    },
     /// The CUDA device cannot do it.
     #[error(transparent)]
     Cuda(#[from] kernels::cuda::CudaError),
@@ -153,10 +163,31 @@ impl RuntimeError {
             Self::BudgetOutside { .. } => {
                 Some("convert the model again with --target-kl for budgets beyond the curve")
             }
-            Self::ContextFull { .. } => Some("raise -c/--ctx-size or shorten the prompt"),
+            Self::ContextFull { n_positions_max, max, .. } if n_positions_max < max => {
+                Some("raise -c/--ctx-size or shorten the prompt")
+            }
+            Self::ContextFull { .. } => Some("shorten the prompt: the model was made for no longer context"),
+            Self::NoSigns { .. } => Some("prep convert --predictor sign makes a file that has them"),
             Self::Cuda(error) => error.hint(),
+            Self::Upload { .. } => {
+                Some("the file changed or cannot be read; copy it again, prep verify checks it")
+            }
             Self::ContextTooLong { .. } => Some("lower -c/--ctx-size; longer contexts give strange text"),
             _ => None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_larger_context_is_suggested_only_where_there_is_one() {
+        let hint = |n_positions_max| {
+            RuntimeError::ContextFull { wanted: 5000, n_positions_max, max: 4096 }.hint().expect("a hint")
+        };
+        assert!(hint(512).contains("--ctx-size"));
+        assert!(!hint(4096).contains("--ctx-size") && hint(4096).contains("shorten"));
     }
 }

@@ -92,7 +92,7 @@ impl<'m> CpuEngine<'m> {
         let wide = matches!(weights.embedding.data, Elements::F32(_));
         let (d, f) = (config.hidden_size as usize, config.intermediate_size as usize);
         Self {
-            attention_scratch: AttentionScratch::new(&attention, cpu.n_threads()),
+            attention_scratch: AttentionScratch::new(&attention),
             mlp_scratch: MlpScratch::new(f, d),
             cache: KvCache::new(attention, weights.layers.len(), wide),
             buffers: Buffers::new(&attention, d, f, options.n_batch_max),
@@ -343,10 +343,15 @@ impl<'m> Engine<'m> for CpuEngine<'m> {
     }
 
     fn measure_read_gb_per_s(&self) -> f64 {
-        // Written first: pages that were never written all are one page of zeros, which caches hold.
-        let memory = vec![1_u8; BANDWIDTH_BYTES];
-        self.cpu.measure_read_gb_per_s(&memory, BANDWIDTH_PASSES)
+        measure_read_gb_per_s(&self.cpu)
     }
+}
+
+/// Plain read bandwidth of `cpu` over fresh memory, in GB/s (10^9).
+pub(crate) fn measure_read_gb_per_s(cpu: &Cpu) -> f64 {
+    // Written first: pages that were never written all are one page of zeros, which caches hold.
+    let memory = vec![1_u8; BANDWIDTH_BYTES];
+    cpu.measure_read_gb_per_s(&memory, BANDWIDTH_PASSES)
 }
 
 /// The rows that `choice` selects of the layer `w`.

@@ -117,9 +117,7 @@ pub fn check_prompt(session: &Session<'_>, prompt: &[u32]) -> Result<(), Generat
     let n_positions_max = session.n_positions_max();
     match prompt.len() {
         0 => Err(GenerateError::EmptyPrompt),
-        wanted if wanted > n_positions_max => {
-            Err(RuntimeError::ContextFull { wanted, n_positions_max }.into())
-        }
+        wanted if wanted > n_positions_max => Err(session.context_full(wanted).into()),
         _ => Ok(()),
     }
 }
@@ -156,15 +154,16 @@ pub fn generate(
         prompt_time: Duration::ZERO,
         step_times: Vec::with_capacity(n_max),
     };
-    let mut choose = |logits: &[f32], generated: &mut Generated| {
+    session.set_sampler(&options.sampler, excluded)?;
+    let keep_top = |logits: &[f32], generated: &mut Generated| {
         if options.n_top_logits > 0 {
             let mut top = Vec::new();
             largest(logits, options.n_top_logits, &mut top);
             generated.top_logits.push(top);
         }
-        let id = sampler
-            .sample(logits)
-            .map_err(|source| GenerateError::Sample { n: generated.ids.len(), source })?;
+    };
+    let take = |chosen: Result<u32, SampleError>, sampler: &mut Sampler, generated: &mut Generated| {
+        let id = chosen.map_err(|source| GenerateError::Sample { n: generated.ids.len(), source })?;
         sampler.accept(id);
         generated.ids.push(id);
         Ok::<u32, GenerateError>(id)
@@ -182,7 +181,10 @@ pub fn generate(
     if n_max == 0 {
         return Ok(generated);
     }
-    let mut id = choose(session.prefill(&[])?, &mut generated)?;
+    let logits = session.prefill(&[])?;
+    keep_top(logits, &mut generated);
+    let chosen = sampler.sample(logits);
+    let mut id = take(chosen, &mut sampler, &mut generated)?;
     generated.prompt_time = started.elapsed();
 
     generated.stop_reason = loop {
@@ -202,7 +204,14 @@ pub fn generate(
             break StopReason::Interrupt;
         }
         let started = Instant::now();
-        id = choose(session.decode(id)?, &mut generated)?;
+        let chosen = if options.n_top_logits > 0 {
+            let logits = session.decode(id)?;
+            keep_top(logits, &mut generated);
+            sampler.sample(logits)
+        } else {
+            session.decode_and_choose(id, &mut sampler)?
+        };
+        id = take(chosen, &mut sampler, &mut generated)?;
         generated.step_times.push(started.elapsed());
     };
     let rest = stream.finish();

@@ -1,6 +1,7 @@
 //! Binary `runtime`: parse, call the library, print, exit code.
 
 mod cli;
+mod progress;
 
 use std::fmt::Display;
 use std::io::{self, IsTerminal, Read, Write};
@@ -26,6 +27,7 @@ use runtime::stats::{RowShares, Stats, Times};
 use runtime::{MlpMode, Model, RuntimeError, Session, SessionOptions, Tokenizer};
 
 use cli::{Action, Cli, Source, Table};
+use progress::LoadProgress;
 
 /// As shells report a process that Ctrl-C ended.
 const INTERRUPTED: u8 = 130;
@@ -52,9 +54,9 @@ fn main() -> ExitCode {
 
 fn run(cli: &Cli, action: Action<'_>, started: Instant) -> anyhow::Result<ExitCode> {
     match action {
-        Action::ListDevices => {
+        Action::ListDevices { measure } => {
             let mut out = io::stdout().lock();
-            device::list().iter().try_for_each(|line| writeln!(out, "{line}"))?;
+            device::list(measure).iter().try_for_each(|line| writeln!(out, "{line}"))?;
         }
         Action::Check { file } => {
             open(cli, file)?;
@@ -63,9 +65,15 @@ fn run(cli: &Cli, action: Action<'_>, started: Instant) -> anyhow::Result<ExitCo
         Action::Generate { file, prompt, chat, n_predict } => {
             return generate_text(cli, file, &prompt, chat, n_predict, started);
         }
-        Action::Bench { file, n_prompt, n_decode, n_repetitions, output } => {
-            let (alpha_scale, audit) = (cli.alpha_scale, cli.audit(cli.seed()));
-            let options = BenchOptions { n_prompt, n_decode, n_repetitions, alpha_scale, audit };
+        Action::Bench { file, n_prompt, n_decode, n_repetitions, keep_shares, output } => {
+            let options = BenchOptions {
+                n_prompt,
+                n_decode,
+                n_repetitions,
+                alpha_scale: cli.alpha_scale,
+                audit: cli.audit(cli.seed()),
+                keep_shares: keep_shares.to_vec(),
+            };
             run_bench(cli, file, &options, output)?;
         }
         Action::Perplexity { file, text, kl, n_windows } => {
@@ -101,7 +109,11 @@ fn session<'m>(
         mode,
         alpha_scale: cli.alpha_scale,
     };
-    let mut session = Session::on(cli.device, model, &options)?;
+    let shows_progress = !cli.quiet && io::stderr().is_terminal();
+    let mut progress = LoadProgress::new(shows_progress.then(|| Box::new(io::stderr()) as Box<dyn Write>));
+    let session = Session::on(cli.device, model, &options, &mut |n_done, n_all| progress.show(n_done, n_all));
+    progress.clear();
+    let mut session = session?;
     if let Some(kl) = cli.budget {
         session.set_budget(kl)?;
         session.set_mode(mode, cli.alpha_scale)?;
@@ -288,7 +300,7 @@ fn run_perplexity(
         alpha_scale: cli.alpha_scale,
     };
     let ids = tokenizer.encode_plain(&text)?;
-    let shows_progress = !cli.json && io::stderr().is_terminal();
+    let shows_progress = !cli.json && !cli.quiet && io::stderr().is_terminal();
     let mut progress = |n_done: usize, mean_nll: f64| {
         if shows_progress {
             say(format_args!("window {n_done}: perplexity {:.4} so far", mean_nll.exp()));

@@ -91,7 +91,7 @@ impl Model {
     /// # Errors
     /// Those of the system.
     pub(crate) fn read_at(&self, offset: usize, buffer: &mut [u8]) -> io::Result<()> {
-        read_at(&self.file, offset as u64, buffer)
+        read_at(&self.file, self.map.len(), offset as u64, buffer)
     }
 
     /// The file's path, for messages.

@@ -1,13 +1,13 @@
 //! The next token from logits.
 //!
-//! The chain is llama.cpp's: repeat penalty, top-k, top-p, min-p, temperature, draw. Candidates are ordered by
-//! logit, ties by the lower id, sums run in that order in f64, and the only randomness is ChaCha8 from the seed: the
-//! same logits, options and seed give the same token. Nothing is allocated after construction.
+//! The chain is llama.cpp's: repeat penalty, top-k, top-p, min-p, temperature, draw. What each step means is written in
+//! [`kernels::sample`], in integers, so that a GPU draws the same token; randomness is a function of the seed and of the
+//! token's position in the text. The same logits, options, seed and position give the same token. Nothing is allocated
+//! after construction.
 
 use std::cmp::Ordering;
 
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{Rng, SeedableRng};
+use kernels::sample::{Draw, SCALE_ONE, distance, draw_need, random, top_p_need, weight};
 
 /// Tokens that the repeat penalty looks back on (llama.cpp's `repeat_last_n`).
 const N_PENALISED: usize = 64;
@@ -39,7 +39,7 @@ impl Default for SamplerOptions {
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum SampleError {
-    /// A logit that is NaN or infinite.
+    /// A logit that is NaN or plus infinity.
     #[error("the logit of token {id} is {logit}")]
     Logit {
         /// The token.
@@ -47,7 +47,7 @@ pub enum SampleError {
         /// Its logit.
         logit: f32,
     },
-    /// Every token is excluded, or there are no logits.
+    /// Every token is excluded or at minus infinity, or there are no logits.
     #[error("no token is left to choose from")]
     Empty,
 }
@@ -71,19 +71,29 @@ impl Candidate {
 /// Chooses tokens.
 #[derive(Debug)]
 pub struct Sampler {
-    options: SamplerOptions,
-    rng: ChaCha8Rng,
+    draw: Draw,
+    seed: u64,
+    /// Tokens of the text so far: the position of the next one.
+    n_accepted: u32,
     adjustment: Adjustment,
-    candidates: Vec<Candidate>,
-    weights: Vec<f64>,
+    /// Distance from the best in the upper half, id in the lower one.
+    candidates: Vec<u64>,
+}
+
+impl SamplerOptions {
+    /// The part that is about the chances of tokens.
+    pub fn draw(&self) -> Draw {
+        Draw::new(self.temp, self.top_k, self.top_p, self.min_p)
+    }
 }
 
 impl Sampler {
     /// A sampler over `vocab_size` tokens that never chooses one of `excluded`.
     pub fn new(options: &SamplerOptions, vocab_size: usize, excluded: &[u32]) -> Self {
         Self {
-            options: *options,
-            rng: ChaCha8Rng::seed_from_u64(options.seed),
+            draw: options.draw(),
+            seed: options.seed,
+            n_accepted: 0,
             adjustment: Adjustment {
                 repeat_penalty: options.repeat_penalty as f32,
                 recent: Vec::with_capacity(N_PENALISED),
@@ -92,49 +102,53 @@ impl Sampler {
                 logits: Vec::with_capacity(vocab_size),
             },
             candidates: Vec::with_capacity(2 * vocab_size),
-            weights: Vec::with_capacity(vocab_size),
         }
     }
 
-    /// Tells the repeat penalty of a token of the text.
+    /// Tells of the next token of the text: the repeat penalty remembers it, and the draw after it is another one.
     pub fn accept(&mut self, id: u32) {
+        self.n_accepted = self.n_accepted.wrapping_add(1);
         self.adjustment.accept(id);
     }
 
-    /// The next token for `logits`, `(vocab_size,)`.
+    /// The next token for `logits`, `(vocab_size,)`; minus infinity is never chosen.
     ///
     /// # Errors
-    /// [`SampleError::Logit`] for NaN and infinities, [`SampleError::Empty`] when nothing may be chosen.
+    /// [`SampleError::Logit`] for NaN and plus infinity, [`SampleError::Empty`] when nothing may be chosen.
     pub fn sample(&mut self, logits: &[f32]) -> Result<u32, SampleError> {
-        if let Some((id, &logit)) = logits.iter().enumerate().find(|(_, logit)| !logit.is_finite()) {
-            return Err(SampleError::Logit { id, logit });
+        let is_bad = |logit: &f32| logit.is_nan() || *logit == f32::INFINITY;
+        if best(logits).is_none()
+            && let Some(id) = logits.iter().position(is_bad)
+        {
+            return Err(SampleError::Logit { id, logit: logits[id] });
         }
-        let SamplerOptions { temp, top_k, top_p, min_p, .. } = self.options;
+        let draw = self.draw;
         let logits = self.adjustment.apply(logits);
-        let n_kept = match top_k {
-            _ if temp == 0.0 => 1,
-            0 => logits.len(),
-            top_k => top_k,
-        };
-        largest(logits, n_kept, &mut self.candidates);
-        // An excluded token is at minus infinity, behind all others.
-        keep_while(&mut self.candidates, |candidate| candidate.logit > f32::NEG_INFINITY);
-        let best = *self.candidates.first().ok_or(SampleError::Empty)?;
-        if temp == 0.0 {
-            return Ok(best.id);
+        if draw.greedy {
+            // Exactly the largest: distances tell apart no logits closer than 2^-27.
+            let best = best(logits).filter(|&best| best > f32::NEG_INFINITY).ok_or(SampleError::Empty)?;
+            return logits
+                .iter()
+                .zip(0..)
+                .find_map(|(&logit, id)| (logit == best).then_some(id))
+                .ok_or(SampleError::Empty);
         }
-        if top_p < 1.0 {
-            let total = weigh(&self.candidates, 1.0, &mut self.weights);
-            self.candidates.truncate(reach(&self.weights, top_p * total) + 1);
+        let n_kept = if draw.top_k == 0 { usize::MAX } else { draw.top_k as usize };
+        let candidates = &mut self.candidates;
+        nearest(logits, n_kept, candidates);
+        if candidates.is_empty() {
+            return Err(SampleError::Empty);
         }
-        if min_p > 0.0 {
-            // p / p_best >= min_p, in logits.
-            let least = f64::from(best.logit) + min_p.ln();
-            keep_while(&mut self.candidates, |candidate| f64::from(candidate.logit) >= least);
+        let weigh = |scale: f32| move |candidate: &u64| weight((candidate >> 32) as u32, scale);
+        if draw.top_p < 1 << 32 {
+            let total = candidates.iter().map(weigh(SCALE_ONE)).sum();
+            candidates.truncate(reach(candidates, weigh(SCALE_ONE), top_p_need(total, draw.top_p)) + 1);
         }
-        let total = weigh(&self.candidates, temp, &mut self.weights);
-        let chosen = reach(&self.weights, uniform(&mut self.rng) * total);
-        Ok(self.candidates[chosen].id)
+        candidates
+            .truncate(candidates.partition_point(|candidate| (candidate >> 32) as u32 <= draw.distance_max));
+        let total = candidates.iter().map(weigh(draw.scale)).sum();
+        let need = draw_need(total, random(self.seed, self.n_accepted));
+        Ok(candidates[reach(candidates, weigh(draw.scale), need)] as u32)
     }
 }
 
@@ -218,34 +232,56 @@ pub fn largest(logits: &[f32], n: usize, out: &mut Vec<Candidate>) {
     out.truncate(n);
 }
 
-/// Drops everything from the first candidate on that is not `good`.
-fn keep_while(candidates: &mut Vec<Candidate>, good: impl Fn(&Candidate) -> bool) {
-    candidates.truncate(candidates.partition_point(good));
+/// The largest logit, minus infinity of none; `None` if one is NaN or plus infinity.
+fn best(logits: &[f32]) -> Option<f32> {
+    // As many at a time as wide registers hold.
+    const LANES: usize = 32;
+    let (mut best, mut good) = ([f32::NEG_INFINITY; LANES], [true; LANES]);
+    let mut see = |lane: usize, logit: f32| {
+        good[lane] &= logit < f32::INFINITY;
+        best[lane] = if logit > best[lane] { logit } else { best[lane] };
+    };
+    let (chunks, rest) = logits.as_chunks::<LANES>();
+    for chunk in chunks {
+        (0..LANES).for_each(|lane| see(lane, chunk[lane]));
+    }
+    rest.iter().enumerate().for_each(|(lane, &logit)| see(lane, logit));
+    good.iter().all(|good| *good).then(|| best.iter().copied().fold(f32::NEG_INFINITY, f32::max))
 }
 
-/// Uniform in [0, 1) with 53 random bits.
-fn uniform(rng: &mut ChaCha8Rng) -> f64 {
-    (rng.next_u64() >> 11) as f64 * (1.0 / (1_u64 << 53) as f64)
+/// The `n` candidates nearest to the best in order into `out`, which needs room for twice as many to not allocate. No
+/// logit is NaN or plus infinity.
+fn nearest(logits: &[f32], n: usize, out: &mut Vec<u64>) {
+    out.clear();
+    let n = n.min(logits.len());
+    let Some(best) = best(logits) else { return };
+    // As in `largest`: what lies behind the n-th of those seen is never stored. No smaller logit is nearer, and an equal
+    // one has a higher id.
+    let mut threshold = f32::NEG_INFINITY;
+    for (id, &logit) in logits.iter().enumerate() {
+        if logit <= threshold {
+            continue;
+        }
+        let Some(distance) = distance(best, logit) else { continue };
+        out.push(u64::from(distance) << 32 | id as u64);
+        if out.len() == 2 * n {
+            let last = *out.select_nth_unstable(n - 1).1;
+            threshold = logits[last as u32 as usize];
+            out.truncate(n);
+        }
+    }
+    out.sort_unstable();
+    out.truncate(n);
 }
 
-/// Weights `exp((logit - best) / temp)` of `candidates` in order, and their sum.
-fn weigh(candidates: &[Candidate], temp: f64, weights: &mut Vec<f64>) -> f64 {
-    weights.clear();
-    let best = candidates.first().map_or(0.0, |candidate| f64::from(candidate.logit));
-    weights.extend(candidates.iter().map(|candidate| ((f64::from(candidate.logit) - best) / temp).exp()));
-    weights.iter().sum()
-}
-
-/// The index at which the running sum of `weights` reaches `sum`; the last one should rounding leave it just below.
-fn reach(weights: &[f64], sum: f64) -> usize {
-    let mut running = 0.0;
-    weights
-        .iter()
-        .position(|weight| {
-            running += weight;
-            running >= sum
-        })
-        .unwrap_or(weights.len().saturating_sub(1))
+/// The index at which the running sum of weights reaches `need`.
+fn reach(candidates: &[u64], weigh: impl Fn(&u64) -> u64, need: u64) -> usize {
+    let mut running = 0;
+    let found = candidates.iter().position(|candidate| {
+        running += weigh(candidate);
+        running >= need
+    });
+    found.expect("need is at most the sum")
 }
 
 #[cfg(test)]
@@ -264,7 +300,9 @@ mod tests {
         let mut sampler = Sampler::new(&options, logits.len(), &[]);
         let mut counts = vec![0; logits.len()];
         for _ in 0..n {
-            counts[sampler.sample(logits).expect("finite") as usize] += 1;
+            let id = sampler.sample(logits).expect("finite");
+            sampler.accept(id);
+            counts[id as usize] += 1;
         }
         counts
     }
@@ -280,6 +318,8 @@ mod tests {
         assert_eq!(sampler.sample(&[0.0, 3.0, -1.0, 3.0, 2.0]), Ok(1));
         assert_eq!(sampler.sample(&[-0.0, 0.0, -1.0, -3.0, -2.0]), Ok(0));
         assert_eq!(sampler.sample(&[-5.0; 5]), Ok(0));
+        assert_eq!(sampler.sample(&[1e-9, 2e-9, 3e-9, -1.0, f32::NEG_INFINITY]), Ok(2));
+        assert_eq!(sampler.sample(&[f32::NEG_INFINITY; 5]), Err(SampleError::Empty));
     }
 
     #[test]
@@ -354,13 +394,15 @@ mod tests {
 
     #[test]
     fn numbers_that_are_none_are_errors() {
-        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        for bad in [f32::NAN, f32::INFINITY] {
             for options in [GREEDY, PLAIN, SamplerOptions::default()] {
                 let found = Sampler::new(&options, 3, &[]).sample(&[0.0, bad, 1.0]);
                 assert!(matches!(found, Err(SampleError::Logit { id: 1, .. })), "{bad}: {found:?}");
             }
         }
         assert_eq!(Sampler::new(&PLAIN, 0, &[]).sample(&[]), Err(SampleError::Empty));
+        assert_eq!(Sampler::new(&PLAIN, 2, &[]).sample(&[f32::NEG_INFINITY; 2]), Err(SampleError::Empty));
+        assert_eq!(Sampler::new(&PLAIN, 2, &[]).sample(&[f32::NEG_INFINITY, -9.0]), Ok(1));
     }
 
     /// Fixed once: a change of these ids changes everyone's seeded texts.
@@ -368,11 +410,32 @@ mod tests {
     fn a_seed_means_the_same_tokens_for_ever() {
         let logits: Vec<f32> = (0..1000).map(|i| ((i * 37 % 101) as f32) / 10.0).collect();
         let mut sampler = Sampler::new(&SamplerOptions { seed: 42, ..SamplerOptions::default() }, 1000, &[]);
-        let ids: Vec<u32> = (0..8).map(|_| sampler.sample(&logits).expect("finite")).collect();
-        assert_eq!(ids, [393, 524, 464, 191, 939, 434, 939, 898]);
+        let mut next = || {
+            let id = sampler.sample(&logits).expect("finite");
+            sampler.accept(id);
+            id
+        };
+        let ids: Vec<u32> = (0..8).map(|_| next()).collect();
+        assert_eq!(ids, [565, 60, 292, 393, 19, 939, 696, 363]);
     }
 
     proptest! {
+        #[test]
+        fn a_sample_is_the_reference(
+            logits in prop::collection::vec(
+                prop_oneof![-9.0_f32..3.0, Just(0.0), Just(1.0), Just(f32::NEG_INFINITY), -1e30_f32..1e30], 0..90,
+            ),
+            temp in prop_oneof![Just(0.0), Just(1e-30), 0.01..4.0], top_k in 0_usize..100,
+            top_p in prop_oneof![Just(1.0), Just(0.0), 0.0..1.0], min_p in prop_oneof![Just(0.0), Just(1.0), 0.0..1.0],
+            seed: u64, n_accepted in 0_u32..5,
+        ) {
+            let options = SamplerOptions { temp, top_k, top_p, min_p, repeat_penalty: 1.0, seed };
+            let mut sampler = Sampler::new(&options, logits.len(), &[]);
+            (0..n_accepted).for_each(|id| sampler.accept(id));
+            let want = kernels::sample::reference(&logits, &options.draw(), random(seed, n_accepted));
+            prop_assert_eq!(sampler.sample(&logits), want.ok_or(SampleError::Empty));
+        }
+
         #[test]
         fn largest_equals_a_full_sort(
             logits in prop::collection::vec(prop_oneof![-3.0_f32..3.0, Just(0.0), Just(1.0)], 0..60),
@@ -403,7 +466,7 @@ mod tests {
             let draw = || {
                 let mut sampler = Sampler::new(&options, logits.len(), &[]);
                 let capacities = |s: &Sampler| {
-                    (s.candidates.capacity(), s.weights.capacity(), s.adjustment.logits.capacity())
+                    (s.candidates.capacity(), s.adjustment.logits.capacity())
                 };
                 let before = capacities(&sampler);
                 let ids: Vec<u32> = (0..70)

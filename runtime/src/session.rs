@@ -2,7 +2,7 @@
 
 use format_spec::calibration::{alpha_from_limit, limit_from_alpha};
 use format_spec::{BudgetPoint, PredictorKind, SectionKind};
-use kernels::BitPlanes;
+use kernels::{BitPlanes, ShapeError};
 
 use crate::adaptive::Adaptive;
 use crate::audit::{Audit, AuditOptions, AuditReport, BatchAudit};
@@ -10,6 +10,7 @@ use crate::device::Device;
 use crate::engine::{Batch, BatchLogits, Engine, RowChoice};
 use crate::engine_cuda::CudaEngine;
 use crate::forward::CpuEngine;
+use crate::sampler::{SampleError, Sampler, SamplerOptions};
 use crate::{Model, RuntimeError};
 
 /// What a session needs to know up front.
@@ -145,15 +146,21 @@ impl<'m> Session<'m> {
     /// # Errors
     /// [`RuntimeError::ContextTooLong`], [`RuntimeError::NoAlpha`].
     pub fn new(model: &'m Model, options: &SessionOptions) -> Result<Self, RuntimeError> {
-        Self::on(Device::Cpu, model, options)
+        Self::on(Device::Cpu, model, options, &mut |_, _| {})
     }
 
     /// As [`Session::new`], on `device`; [`Device::Auto`] takes the first CUDA device that has room for the model, else
-    /// the CPU, and [`Session::backend`] says which.
+    /// the CPU, and [`Session::backend`] says which. `progress` hears how many bytes of how many are on their way to a
+    /// device with memory of its own.
     ///
     /// # Errors
     /// As [`Session::new`]; [`RuntimeError::Cuda`].
-    pub fn on(device: Device, model: &'m Model, options: &SessionOptions) -> Result<Self, RuntimeError> {
+    pub fn on(
+        device: Device,
+        model: &'m Model,
+        options: &SessionOptions,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Self, RuntimeError> {
         let max = model.config().max_position_embeddings as usize;
         if options.n_positions_max > max {
             return Err(RuntimeError::ContextTooLong { wanted: options.n_positions_max, max });
@@ -161,8 +168,8 @@ impl<'m> Session<'m> {
         let options = SessionOptions { n_batch_max: options.n_batch_max.max(1), ..options.clone() };
         let engine: Box<dyn Engine<'m> + 'm> = match device {
             Device::Cpu => Box::new(CpuEngine::new(model, &options)),
-            Device::Cuda(index) => Box::new(CudaEngine::new(model, index as usize, &options)?),
-            Device::Auto => match CudaEngine::first_that_fits(model, &options) {
+            Device::Cuda(index) => Box::new(CudaEngine::new(model, index as usize, &options, progress)?),
+            Device::Auto => match CudaEngine::first_that_fits(model, &options, progress) {
                 Some(engine) => Box::new(engine),
                 None => Box::new(CpuEngine::new(model, &options)),
             },
@@ -228,6 +235,29 @@ impl<'m> Session<'m> {
                 self.n_not_scored += 1;
             }
         }
+        self.set_rows(rows)
+    }
+
+    /// Has decode keep the gate rows whose n_neg is at most the layer's limit, `(num_hidden_layers,)`, whatever the
+    /// file's predictor says; the context stays.
+    ///
+    /// # Errors
+    /// [`RuntimeError::NoSigns`] where a layer has no sign words; [`RuntimeError::Shape`] for limits of another length;
+    /// [`RuntimeError::NothingToAudit`] and [`RuntimeError::NoTarget`] in a session that audits.
+    pub fn set_limits(&mut self, limits: &[u32]) -> Result<(), RuntimeError> {
+        let n_layers = self.model.config().num_hidden_layers as usize;
+        if limits.len() != n_layers {
+            return Err(ShapeError { what: "limits", expected: n_layers, found: limits.len() }.into());
+        }
+        let has_signs =
+            |layer: usize| self.model.layout().find(SectionKind::GateSigns, Some(layer as u32)).is_some();
+        if let Some(layer) = (0..n_layers).find(|&layer| !has_signs(layer)) {
+            return Err(RuntimeError::NoSigns { path: self.model.path().to_owned(), layer });
+        }
+        self.set_rows(limits.iter().map(|&limit| RowChoice::Limit(limit)).collect())
+    }
+
+    fn set_rows(&mut self, rows: Vec<RowChoice>) -> Result<(), RuntimeError> {
         self.limits = rows.iter().map(RowChoice::widest).collect();
         if let Some(audit) = &mut self.audit {
             audit.restart(rows.iter().map(RowChoice::is_predicted));
@@ -411,6 +441,35 @@ impl<'m> Session<'m> {
         Ok(self.engine.logits())
     }
 
+    /// Has [`Session::decode_and_choose`] draw on the device as a [`Sampler`] of these options would, which the CPU's
+    /// engine does not, nor any with a repeat penalty.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Cuda`].
+    pub fn set_sampler(&mut self, options: &SamplerOptions, excluded: &[u32]) -> Result<(), RuntimeError> {
+        self.engine.set_sampler(options, excluded)
+    }
+
+    /// As [`Session::decode`], and the next token: drawn on the device after [`Session::set_sampler`], which leaves the
+    /// logits there, else by `sampler`.
+    ///
+    /// # Errors
+    /// As [`Session::decode`]; the inner one where the logits are of no use.
+    pub fn decode_and_choose(
+        &mut self,
+        token: u32,
+        sampler: &mut Sampler,
+    ) -> Result<Result<u32, SampleError>, RuntimeError> {
+        self.check(&[token])?;
+        match self.engine.decode_and_choose(token, self.n_positions, &mut self.usage)? {
+            Some(chosen) => {
+                self.n_positions += 1;
+                Ok(chosen)
+            }
+            None => Ok(sampler.sample(self.decode(token)?)),
+        }
+    }
+
     /// One batch (at most `n_batch_max` tokens) appended to the context. With `masked`, rows that the session's mode
     /// would skip contribute nothing, as in decode. `logits`, where wanted: `(n_tokens, vocab_size)`.
     ///
@@ -488,11 +547,17 @@ impl<'m> Session<'m> {
         Ok(())
     }
 
+    /// The error for `wanted` positions, more than the context holds.
+    pub(crate) fn context_full(&self, wanted: usize) -> RuntimeError {
+        let max = self.model.config().max_position_embeddings as usize;
+        RuntimeError::ContextFull { wanted, n_positions_max: self.n_positions_max, max }
+    }
+
     /// That `tokens` are tokens and that the context has room for them.
     fn check(&self, tokens: &[u32]) -> Result<(), RuntimeError> {
         let wanted = self.n_positions + tokens.len();
         if wanted > self.n_positions_max {
-            return Err(RuntimeError::ContextFull { wanted, n_positions_max: self.n_positions_max });
+            return Err(self.context_full(wanted));
         }
         let vocab_size = self.model.config().vocab_size;
         match tokens.iter().find(|&&id| id >= vocab_size) {

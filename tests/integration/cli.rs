@@ -1,6 +1,9 @@
 //! The command line of `runtime` as its users know it from llama.cpp.
 
-use integration_tests::{bundled_sinf, expect_code, expect_error, expect_json, expect_success, runtime};
+use integration_tests::{
+    assert_close, bundled_model, bundled_sinf, expect_code, expect_error, expect_json, expect_success, prep,
+    runtime,
+};
 use serde_json::Value;
 
 fn generate(arguments: &[&str]) -> Value {
@@ -120,6 +123,10 @@ fn a_missing_device_is_an_error_and_never_a_silent_fallback() {
     assert!(error.to_lowercase().contains("cuda"), "{error}");
     let devices = expect_success(runtime().arg("--list-devices"));
     assert!(String::from_utf8_lossy(&devices.stdout).to_lowercase().contains("cpu"));
+    let measured = expect_success(runtime().args(["--list-devices", "--measure"]));
+    let text = String::from_utf8_lossy(&measured.stdout).into_owned();
+    let cpu = text.lines().find(|line| line.starts_with("cpu")).expect("a line for the CPU");
+    assert!(cpu.contains(", reads ") && cpu.ends_with("GB/s"), "{text}");
 }
 
 #[test]
@@ -139,6 +146,55 @@ fn exact_equals_dense() {
     let dense = run("dense");
     assert_eq!(run("exact")["ids"], dense["ids"]);
     assert!((dense["stats"]["rows_kept"].as_f64().expect("rows_kept") - 1.0).abs() < 1e-9);
+}
+
+/// The bundled model has 8 layers of 256 columns: a limit moves a layer's share by up to 5 %, layers make up for it.
+#[test]
+fn bench_keeps_the_share_of_rows_that_is_asked_for() {
+    let bench = |args: &[&str]| {
+        let command = &mut runtime();
+        let output = expect_json(
+            command
+                .arg(bundled_sinf())
+                .args(["--bench", "-p", "0", "-n", "32", "-r", "1", "--output", "json"])
+                .args(args),
+        );
+        output["rows"].as_array().expect("rows").clone()
+    };
+    let rows = bench(&["--keep-share", "0.15,0.5,1"]);
+    let exact = rows.iter().find(|row| row["mode"] == "exact").expect("an exact row");
+    let asked: Vec<&Value> = rows.iter().filter(|row| row["keep_share"].is_number()).collect();
+    assert_eq!(asked.len(), 3, "{rows:?}");
+    for (row, share) in asked.iter().zip([0.15, 0.5, 1.0]) {
+        let field = |name: &str| row[name].as_f64().expect("a number");
+        assert_close(field("keep_share"), share, 0.0, "the share asked for");
+        assert_close(field("rows_kept"), share, 0.01, "the share kept");
+        assert!(field("rows_active") <= field("rows_kept"), "{row}");
+        assert!(field("bytes_per_token") > 0.0, "{row}");
+    }
+    // With every row kept, the predictor costs its sign words and changes nothing else.
+    assert_eq!(asked[2]["rows_active"], exact["rows_active"]);
+    let bytes = |row: &Value| row["bytes_per_token"].as_f64().expect("a number");
+    assert!(bytes(asked[0]) < bytes(asked[1]) && bytes(exact) < bytes(asked[2]), "{rows:?}");
+}
+
+#[test]
+fn a_share_of_rows_needs_sign_words() {
+    let folder = tempfile::tempdir().expect("a scratch folder");
+    let out = folder.path().join("exact.sinf");
+    let convert = &mut prep();
+    expect_success(convert.arg("convert").arg(bundled_model()).arg(&out).args([
+        "--predictor",
+        "exact",
+        "--quiet",
+    ]));
+    let command = &mut runtime();
+    let error =
+        expect_error(command.arg(&out).args(["--bench", "-p", "0", "-n", "4", "--keep-share", "0.5"]), 1);
+    assert!(
+        error.contains("exact.sinf") && error.contains("sign words") && error.contains("--predictor sign"),
+        "{error}"
+    );
 }
 
 #[test]

@@ -106,9 +106,8 @@ pub struct AttentionScratch {
 }
 
 impl AttentionScratch {
-    /// For calls of `shape` by a backend of `n_threads`.
-    pub fn new(shape: &AttentionShape, n_threads: usize) -> Self {
-        let _ = n_threads;
+    /// For calls of `shape`.
+    pub fn new(shape: &AttentionShape) -> Self {
         Self { attention: attention::Scratch::new(shape) }
     }
 }

@@ -14,7 +14,9 @@ use cudarc::cublaslt::{result, sys};
 use super::{Buffer, CudaError, Device, Dtype, GemmCall};
 
 /// What the library recommends for Hopper; elsewhere it uses less.
-const WORKSPACE_BYTES: usize = 32 << 20;
+pub(super) const WORKSPACE_BYTES: usize = 32 << 20;
+/// Most plans kept: many times the shapes of a model's prompts, some kilobytes each.
+const PLANS_MAX: usize = 512;
 /// `cublasOperation_t`.
 const OPERATION_NONE: i32 = 0;
 const OPERATION_TRANSPOSE: i32 = 1;
@@ -97,6 +99,10 @@ impl Cublas {
                 alignment(call.y.address()),
             ],
         };
+        if self.plans.len() == PLANS_MAX && !self.plans.contains_key(&key) {
+            // Rare enough to begin anew; products under way do not need their plan any more.
+            self.plans.clear();
+        }
         let plan = match self.plans.entry(key) {
             Entry::Occupied(entry) => entry.into_mut(),
             Entry::Vacant(entry) => entry.insert(Plan::new(self.handle, &key).during("plan a product")?),

@@ -28,6 +28,29 @@ const SPLITS_MAX: usize = 16;
 /// Shared memory that the compiler lays out itself.
 const STATIC_BYTES: usize = 1 << 10;
 
+/// What a token's clocks are spent on, in the order of `Step` of decode.cu. A wait is for the other blocks.
+pub const DECODE_STEPS: [&str; 19] = [
+    "norm of qkv",
+    "qkv",
+    "wait for qkv",
+    "attention",
+    "wait for attention",
+    "merge of attention",
+    "output",
+    "wait for output",
+    "norm of MLP",
+    "predictor",
+    "MLP, all gate rows",
+    "MLP, kept gate rows",
+    "MLP, active up rows",
+    "wait for h",
+    "down",
+    "wait for down",
+    "norm of lm_head",
+    "lm_head",
+    "next token",
+];
+
 /// One layer's weights and cache.
 #[derive(Clone, Copy, Debug)]
 pub struct DecodeLayer<'a> {
@@ -88,6 +111,8 @@ pub struct DecodeCall<'a> {
     pub counts: View<'a>,
     /// The largest logit's id (the smallest id among equals) becomes the token.
     pub greedy: bool,
+    /// Clocks of each block by step, `(DecodeScratch::n_blocks, DECODE_STEPS)` u64; added to.
+    pub clocks: Option<View<'a>>,
     /// Room for what passes between blocks.
     pub scratch: &'a DecodeScratch,
 }
@@ -176,6 +201,7 @@ struct DecodeArgs {
     best: u64,
     sync: u64,
     counts: u64,
+    clocks: u64,
     cut_d: ItemCut,
     cut_q: ItemCut,
     n_layers: i32,
@@ -246,7 +272,8 @@ impl Plan {
         ];
         let vec_floats = vec_floats.into_iter().max()?.next_multiple_of(4);
         let list_rows = f.div_ceil(n_blocks).next_multiple_of(4);
-        let slot_bytes = cut_d.granules.max(cut_q.granules) as usize * 16;
+        // Whole loads of a warp, two at a time (`multiply`).
+        let slot_bytes = (cut_d.granules.max(cut_q.granules) as usize).next_multiple_of(2 * WARP) * 16;
         let row_bytes = d.div_ceil(WARP) * 4;
         let sign_rows = if row_bytes.is_multiple_of(16) {
             // As few rounds as the ring allows, dealt evenly to the warps.
@@ -279,6 +306,13 @@ impl Plan {
             n_blocks,
             shared_bytes: fixed_bytes + WARPS * n_slots * slot_bytes,
         })
+    }
+}
+
+impl DecodeScratch {
+    /// Blocks of the kernel, each with clocks of its own.
+    pub fn n_blocks(&self) -> usize {
+        self.plan.n_blocks
     }
 }
 
@@ -381,6 +415,10 @@ impl Device {
                 rows,
             };
         }
+        let clocks = call.clocks.map_or(Ok(0), |view| -> Result<u64, CudaError> {
+            check("bytes of clocks", plan.n_blocks * DECODE_STEPS.len() * 8, view.len_bytes())?;
+            Ok(view.address())
+        })?;
         let n_angles = call.shape.n_positions_max * shape.head_dim / 2;
         let (activation, threshold) = super::launch::activation_args(call.activation);
         let scratch = call.scratch;
@@ -402,6 +440,7 @@ impl Device {
             best: scratch.best.view().address(),
             sync: scratch.sync.view().address(),
             counts: call.counts.address(),
+            clocks,
             cut_d: plan.cut_d,
             cut_q: plan.cut_q,
             n_layers: call.layers.len() as i32,

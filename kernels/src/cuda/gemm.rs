@@ -61,6 +61,9 @@ struct PrefillGemmArgs {
 }
 
 impl Gemm {
+    /// Device memory that [`Gemm::new`] takes at most.
+    pub const WORKSPACE_BYTES: usize = cublas::WORKSPACE_BYTES;
+
     /// With cuBLASLt if it can be opened.
     ///
     /// # Errors

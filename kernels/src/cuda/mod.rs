@@ -13,9 +13,10 @@ mod gemm;
 mod launch;
 mod memory;
 mod prefill;
+mod sample;
 mod upload;
 
-pub use decode::{DecodeCall, DecodeLayer, DecodeScratch};
+pub use decode::{DECODE_STEPS, DecodeCall, DecodeLayer, DecodeScratch};
 pub use device::{Device, DeviceInfo, Event, Graph, list_devices};
 pub use error::CudaError;
 pub use gemm::{Gemm, GemmCall};
@@ -28,7 +29,8 @@ pub use prefill::{
     FloatRows, PrefillAttentionCall, PrefillGatedCall, PrefillNormCall, PrefillRopeCall, PrefillSkipCall,
     rounded_bytes,
 };
-pub use upload::{Mirror, Placement, ReadAt, UploadError};
+pub use sample::{Chosen, SampleCall};
+pub use upload::{Mirror, Placement, ReadAt, UploadError, UploadPlan, upload};
 
 /// The fat binary, if this library was built with nvcc.
 mod image {

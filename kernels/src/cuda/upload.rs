@@ -13,6 +13,8 @@ use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread;
 
+use crate::shape::check;
+
 use super::{Buffer, CudaError, Device, HostBuffer, Mapped, View};
 
 /// Bytes of a page-locked buffer: some twenty microseconds of copying, more than starting it takes; all of them together
@@ -31,6 +33,28 @@ pub enum Placement {
     Copied,
     /// The host's own pages.
     InPlace,
+}
+
+/// How a copy is cut and shared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UploadPlan {
+    /// Threads that read.
+    pub n_readers: usize,
+    /// Page-locked buffers, at least one more than readers.
+    pub n_buffers: usize,
+    /// Bytes of a buffer.
+    pub chunk_bytes: usize,
+}
+
+impl UploadPlan {
+    /// What was fastest for `len_bytes`.
+    pub fn new(len_bytes: usize) -> Self {
+        let n_readers = thread::available_parallelism().map_or(1, usize::from).clamp(1, READERS_MAX);
+        let n_buffers = n_readers * BUFFERS_PER_READER;
+        // Less for a small model: locking memory takes time as well.
+        let chunk_bytes = (len_bytes / (4 * n_buffers)).clamp(CHUNK_BYTES_MIN, CHUNK_BYTES_MAX);
+        Self { n_readers, n_buffers, chunk_bytes }
+    }
 }
 
 /// Reads `buffer.len()` bytes from an offset on. Called by several threads at a time.
@@ -95,7 +119,7 @@ impl<'m> Mirror<'m> {
             }
         }
         let buffer = device.alloc(bytes.len())?;
-        copy(device, buffer.view(), read, progress)?;
+        upload(device, buffer.view(), &UploadPlan::new(bytes.len()), read, progress)?;
         Ok(Self { bytes, memory: Memory::Copied(buffer) })
     }
 
@@ -128,17 +152,25 @@ struct Filled {
     len_bytes: usize,
 }
 
-/// Copies what `read` reads to all of `to`.
-fn copy(
+/// Copies what `read` reads to all of `to`, as `plan` says; returns when it has arrived.
+///
+/// # Errors
+/// [`UploadError`]; [`CudaError::Shape`] for a plan without readers, bytes, or a buffer to spare.
+pub fn upload(
     device: &Device,
     to: View<'_>,
+    plan: &UploadPlan,
     read: &ReadAt<'_>,
     progress: &mut dyn FnMut(usize),
 ) -> Result<(), UploadError> {
-    let n_readers = thread::available_parallelism().map_or(1, usize::from).clamp(1, READERS_MAX);
-    let n_buffers = n_readers * BUFFERS_PER_READER;
-    // Less for a small model: locking memory takes time as well.
-    let chunk_bytes = (to.len_bytes() / (4 * n_buffers)).clamp(CHUNK_BYTES_MIN, CHUNK_BYTES_MAX);
+    let UploadPlan { n_readers, n_buffers, chunk_bytes } = *plan;
+    for (what, least, found) in [
+        ("readers of an upload, at least", 1, n_readers),
+        ("buffers of an upload, at least", n_readers + 1, n_buffers),
+        ("bytes of a buffer of an upload, at least", 1, chunk_bytes),
+    ] {
+        check(what, found.max(least), found).map_err(CudaError::from)?;
+    }
     let (free, to_fill) = channel();
     let (filled, to_copy) = channel();
     let offsets = Mutex::new((0..to.len_bytes()).step_by(chunk_bytes));
@@ -151,7 +183,9 @@ fn copy(
         drop(filled);
         let mut copied = VecDeque::new();
         let new_buffers = (0..n_buffers).map(|_| device.alloc_host(chunk_bytes));
-        let started = start_copies(device, to, &to_copy, free, new_buffers, n_readers, &mut copied, progress);
+        let n_under_way_max = n_buffers - n_readers;
+        let started =
+            start_copies(device, to, &to_copy, free, new_buffers, n_under_way_max, &mut copied, progress);
         // Before the buffers go: a copy may be under way, also where another could not be started.
         let arrived = device.synchronize();
         // Readers find that nobody waits for them any more.

@@ -73,7 +73,7 @@ impl<'a, T: Element> Generator<'a, T> {
         let element_bytes = size_of::<T>();
         let shards =
             ShardWriter::new(folder, options.tensors(), T::SAFETENSORS, element_bytes, options.shard_bytes);
-        let sample = Sample::new(options, cpu.n_threads());
+        let sample = Sample::new(options);
         Self {
             options,
             folder,

@@ -22,7 +22,7 @@ pub(super) struct Sample {
 }
 
 impl Sample {
-    pub(super) fn new(options: &SynthOptions, n_threads: usize) -> Self {
+    pub(super) fn new(options: &SynthOptions) -> Self {
         let sequence_len = options.max_position_embeddings.min(64) as usize;
         // Enough (token, row) pairs in a group for a share good to a tenth of a percent or so.
         let n_group_tokens = (1_usize << 18).div_ceil(options.intermediate_size as usize).clamp(64, 1024);
@@ -46,7 +46,7 @@ impl Sample {
             hidden: vec![0.0; n_values],
             x: vec![0.0; n_values],
             attention_shape,
-            scratch: AttentionScratch::new(&attention_shape, n_threads),
+            scratch: AttentionScratch::new(&attention_shape),
             cos,
             sin,
         }

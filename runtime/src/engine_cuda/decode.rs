@@ -2,11 +2,12 @@
 
 use kernels::cuda::{
     AttentionCall, AttentionScratch, Buffer, CudaError, DecodeCall, DecodeLayer, DecodeScratch, Device,
-    DeviceRows, DownCall, DownScratch, Dtype, GateUpCall, MatvecCall, QkvCall,
+    DeviceRows, DownCall, DownScratch, Dtype, GateUpCall, MatvecCall, QkvCall, SampleCall,
 };
+use kernels::sample::Draw;
 use kernels::{AttentionShape, Matrix, MlpWeights};
 
-use super::ModelState;
+use super::{COUNT_BYTES, ModelState};
 use crate::engine::RowChoice;
 use crate::model::Weights;
 
@@ -26,6 +27,15 @@ pub(super) struct Vectors {
     h: Buffer,
     attention: AttentionScratch,
     down: DownScratch,
+}
+
+/// How tokens are drawn on the device.
+#[derive(Debug)]
+pub(super) struct DeviceSampler {
+    pub(super) draw: Draw,
+    pub(super) seed: u64,
+    /// Tokens never chosen, u32.
+    pub(super) excluded: Buffer,
 }
 
 impl Way {
@@ -53,6 +63,26 @@ impl Way {
 }
 
 impl ModelState<'_> {
+    /// Launches everything that the token in `self.token` needs, and the draw of the next one, which takes its place.
+    pub(super) fn token_and_draw(
+        &self,
+        rows: &[RowChoice],
+        sampler: &DeviceSampler,
+    ) -> Result<(), CudaError> {
+        self.token(rows)?;
+        if let Way::Kernels(_) = self.way {
+            self.device.advance(self.token.view())?;
+        }
+        self.device.sample(&SampleCall {
+            logits: self.logits.view(),
+            excluded: sampler.excluded.view(),
+            state: self.token.view(),
+            chosen: self.chosen(),
+            draw: sampler.draw,
+            seed: sampler.seed,
+        })
+    }
+
     /// Launches everything that the token in `self.token` needs.
     pub(super) fn token(&self, rows: &[RowChoice]) -> Result<(), CudaError> {
         match &self.way {
@@ -98,8 +128,9 @@ impl ModelState<'_> {
             state: self.token.view(),
             ids: self.ids.view(),
             logits: self.logits.view(),
-            counts: self.counts.view(),
+            counts: self.counts(),
             greedy: false,
+            clocks: None,
             scratch,
         })
     }
@@ -153,7 +184,7 @@ impl ModelState<'_> {
                 norm: self.floats(w.mlp_norm),
                 eps: self.eps,
                 h,
-                counts: self.counts.view().slice(layer * 16, 16),
+                counts: self.counts().slice(layer * COUNT_BYTES, COUNT_BYTES),
             })?;
             device.down(&DownCall {
                 w_down_t: self.matrix(&w.mlp.down_t)?,

@@ -11,30 +11,39 @@ use std::thread;
 
 use format_spec::ModelConfig;
 use kernels::cuda::{
-    Buffer, CudaError, Device, DeviceLimits, DeviceMatrix, DeviceRows, Dtype, Gemm, Graph, HostBuffer,
-    Mirror, Placement, UploadError, View,
+    Buffer, Chosen, CudaError, Device, DeviceLimits, DeviceMatrix, DeviceRows, Dtype, Gemm, Graph,
+    HostBuffer, Mirror, Placement, UploadError, View,
 };
 use kernels::{Activation, AttentionShape, Elements, Matrix, MlpCounts, Rows, bytes};
 
-use self::decode::Way;
+use self::decode::{DeviceSampler, Way};
 use self::prompt::Prompt;
 use crate::RuntimeError;
 use crate::engine::{Batch, BatchLogits, Engine, RowChoice};
 use crate::forward::RopeAngles;
 use crate::model::{LayerWeights, Model, Weights};
+use crate::sampler::{SampleError, SamplerOptions};
 use crate::session::{MlpObserver, SessionOptions, Usage};
+
+/// Rows kept and active of a layer, two u64.
+const COUNT_BYTES: usize = 16;
 
 /// A CUDA device's engine.
 #[derive(Debug)]
 pub(crate) struct CudaEngine<'m> {
     /// A token, once one was decoded with `rows`. It names the buffers below, so it is dropped first.
     graph: Option<Graph>,
+    /// The same with the draw of the next token.
+    drawing: Option<Graph>,
+    sampler: Option<DeviceSampler>,
     state: ModelState<'m>,
     prompt: Prompt,
     rows: Vec<RowChoice>,
     logits: HostBuffer,
-    /// Rows kept and active so far, for each layer, as the device counts them.
+    /// Rows kept and active so far, for each layer, as the device counts them; then the token that it drew last.
     counted: Vec<[u64; 2]>,
+    /// Token and position that lie on the device, where a draw has left them.
+    next: Option<(u32, usize)>,
 }
 
 /// Everything on the device.
@@ -54,19 +63,24 @@ struct ModelState<'m> {
     limits: Option<Vec<Option<Buffer>>>,
     token: Buffer,
     ids: Buffer,
-    counts: Buffer,
+    /// Counts of layers, then the token drawn.
+    report: Buffer,
     logits: Buffer,
     way: Way,
 }
 
 impl<'m> CudaEngine<'m> {
     /// The engine of the first device that has room for `model`.
-    pub(crate) fn first_that_fits(model: &'m Model, options: &SessionOptions) -> Option<Self> {
+    pub(crate) fn first_that_fits(
+        model: &'m Model,
+        options: &SessionOptions,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Option<Self> {
         if !kernels::cuda::is_built_in() {
             return None;
         }
         let devices = kernels::cuda::list_devices().ok()?;
-        devices.iter().find_map(|device| Self::new(model, device.ordinal, options).ok())
+        devices.iter().find_map(|device| Self::new(model, device.ordinal, options, progress).ok())
     }
 
     /// Opens device `ordinal` and brings `model` to it.
@@ -78,6 +92,7 @@ impl<'m> CudaEngine<'m> {
         model: &'m Model,
         ordinal: usize,
         options: &SessionOptions,
+        progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Self, RuntimeError> {
         let device = Device::open(ordinal)?;
         let config = model.config();
@@ -89,15 +104,18 @@ impl<'m> CudaEngine<'m> {
             n_positions_max: options.n_positions_max,
         };
         check_memory(&device, model, &shape, options.n_batch_max)?;
-        let image = upload(&device, model)?;
+        let image = upload(&device, model, progress)?;
         let state = ModelState::new(device, ordinal, image, model, weights, shape)?;
         let n_layers = state.weights.layers.len();
         Ok(Self {
             graph: None,
+            drawing: None,
+            sampler: None,
+            next: None,
             prompt: Prompt::new(&state, config, options)?,
             rows: vec![RowChoice::All; n_layers],
             logits: state.device.alloc_host(config.vocab_size as usize * size_of::<f32>())?,
-            counted: vec![[0; 2]; n_layers],
+            counted: vec![[0; 2]; n_layers + 1],
             state,
         })
     }
@@ -114,7 +132,31 @@ impl<'m> CudaEngine<'m> {
                 self.graph.insert(unsafe { state.device.capture(|| state.token(&self.rows)) }?)
             }
         };
+        self.next = None;
         self.state.device.set_state(self.state.token.view(), token, position)?;
+        Ok(self.state.device.replay(graph)?)
+    }
+
+    /// One token at `position` and the draw of the next one, which stays on the device for the next call.
+    fn step_and_draw(
+        &mut self,
+        token: u32,
+        position: usize,
+        sampler: &DeviceSampler,
+    ) -> Result<(), RuntimeError> {
+        let graph = match &mut self.drawing {
+            Some(graph) => graph,
+            None => {
+                self.state.bring_limits(&self.rows)?;
+                let state = &self.state;
+                // SAFETY: as in `step`; the sampler's buffer outlives the graph, by `set_sampler` and the order of fields.
+                let graph = unsafe { state.device.capture(|| state.token_and_draw(&self.rows, sampler)) }?;
+                self.drawing.insert(graph)
+            }
+        };
+        if self.next.take() != Some((token, position)) {
+            self.state.device.set_state(self.state.token.view(), token, position)?;
+        }
         Ok(self.state.device.replay(graph)?)
     }
 
@@ -123,15 +165,41 @@ impl<'m> CudaEngine<'m> {
         Ok(self.state.device.read(self.state.logits.view(), self.logits.bytes_mut())?)
     }
 
-    /// Rows kept and active since the last call, for each layer.
+    /// Waits for the device; rows kept and active since the last call, for each layer.
     fn take_counts(&mut self) -> Result<Vec<MlpCounts>, RuntimeError> {
         let before = self.counted.clone();
-        self.state.device.read(self.state.counts.view(), &mut self.counted)?;
+        self.state.device.read(self.state.report.view(), &mut self.counted)?;
         let since = |(now, before): (&[u64; 2], &[u64; 2])| MlpCounts {
             n_kept: (now[0] - before[0]) as usize,
             n_active: (now[1] - before[1]) as usize,
         };
-        Ok(self.counted.iter().zip(&before).map(since).collect())
+        let n_layers = self.state.weights.layers.len();
+        Ok(self.counted.iter().zip(&before).take(n_layers).map(since).collect())
+    }
+
+    /// Adds what a token at `position` has read, once it has run.
+    fn count(&mut self, position: usize, usage: &mut Usage) -> Result<(), RuntimeError> {
+        let counts = self.take_counts()?;
+        let state = &self.state;
+        let cache = Dtype::of(&state.weights.embedding.data).cache().n_bytes();
+        let kv_bytes = bytes::kv(&state.shape, cache, position + 1);
+        for (layer, (w, counts)) in state.weights.layers.iter().zip(&counts).enumerate() {
+            usage.n_bytes +=
+                attention_bytes(w) + kv_bytes + state.mlp_bytes(layer, &self.rows[layer], counts);
+            usage.layers[layer].n_kept += counts.n_kept as u64;
+            usage.layers[layer].n_active += counts.n_active as u64;
+        }
+        usage.n_bytes += bytes::matrix(&state.weights.lm_head);
+        usage.n_tokens += 1;
+        Ok(())
+    }
+
+    /// The logit for which the device refused to draw.
+    fn bad_logit(&mut self) -> Result<SampleError, RuntimeError> {
+        self.fetch_logits()?;
+        let is_bad = |logit: &f32| logit.is_nan() || *logit == f32::INFINITY;
+        let id = self.logits().iter().position(is_bad).unwrap_or(0);
+        Ok(SampleError::Logit { id, logit: self.logits()[id] })
     }
 }
 
@@ -165,7 +233,7 @@ impl<'m> ModelState<'m> {
             limits: None,
             token: device.alloc(8)?,
             ids: device.alloc(shape.n_positions_max * size_of::<u32>())?,
-            counts: device.alloc(n_layers * 16)?,
+            report: device.alloc((n_layers + 1) * COUNT_BYTES)?,
             logits: device.alloc(config.vocab_size as usize * size_of::<f32>())?,
             way,
             weights,
@@ -187,6 +255,16 @@ impl<'m> ModelState<'m> {
             self.limits = Some(rows.iter().map(of_layer).collect::<Result<_, _>>()?);
         }
         Ok(())
+    }
+
+    /// Rows kept and active so far, for each layer.
+    fn counts(&self) -> View<'_> {
+        self.report.view().slice(0, self.weights.layers.len() * COUNT_BYTES)
+    }
+
+    /// The token drawn last, one u32.
+    fn chosen(&self) -> View<'_> {
+        self.report.view().slice(self.weights.layers.len() * COUNT_BYTES, size_of::<u32>())
     }
 
     fn floats(&self, values: &[f32]) -> View<'_> {
@@ -255,6 +333,7 @@ impl<'m> Engine<'m> for CudaEngine<'m> {
 
     fn set_rows(&mut self, rows: Vec<RowChoice>) {
         self.graph = None;
+        self.drawing = None;
         self.state.limits = None;
         self.rows = rows;
     }
@@ -268,19 +347,43 @@ impl<'m> Engine<'m> for CudaEngine<'m> {
     fn decode(&mut self, token: u32, position: usize, usage: &mut Usage) -> Result<(), RuntimeError> {
         self.step(token, position)?;
         self.fetch_logits()?;
-        let counts = self.take_counts()?;
-        let state = &self.state;
-        let cache = Dtype::of(&state.weights.embedding.data).cache().n_bytes();
-        let kv_bytes = bytes::kv(&state.shape, cache, position + 1);
-        for (layer, (w, counts)) in state.weights.layers.iter().zip(&counts).enumerate() {
-            usage.n_bytes +=
-                attention_bytes(w) + kv_bytes + state.mlp_bytes(layer, &self.rows[layer], counts);
-            usage.layers[layer].n_kept += counts.n_kept as u64;
-            usage.layers[layer].n_active += counts.n_active as u64;
+        self.count(position, usage)
+    }
+
+    fn set_sampler(&mut self, options: &SamplerOptions, excluded: &[u32]) -> Result<(), RuntimeError> {
+        self.drawing = None;
+        self.sampler = None;
+        if options.repeat_penalty == 1.0 {
+            let excluded = match excluded {
+                [] => self.state.device.alloc(0)?,
+                ids => self.state.device.upload(ids)?,
+            };
+            self.sampler = Some(DeviceSampler { draw: options.draw(), seed: options.seed, excluded });
         }
-        usage.n_bytes += bytes::matrix(&state.weights.lm_head);
-        usage.n_tokens += 1;
         Ok(())
+    }
+
+    fn decode_and_choose(
+        &mut self,
+        token: u32,
+        position: usize,
+        usage: &mut Usage,
+    ) -> Result<Option<Result<u32, SampleError>>, RuntimeError> {
+        let Some(sampler) = self.sampler.take() else { return Ok(None) };
+        let stepped = self.step_and_draw(token, position, &sampler);
+        self.sampler = Some(sampler);
+        stepped?;
+        self.count(position, usage)?;
+        // The low half of the entry behind the layers.
+        let code = self.counted[self.state.weights.layers.len()][0] as u32;
+        Ok(Some(match Chosen::of(code) {
+            Chosen::Token(id) => {
+                self.next = Some((id, position + 1));
+                Ok(id)
+            }
+            Chosen::Empty => Err(SampleError::Empty),
+            Chosen::BadLogit => Err(self.bad_logit()?),
+        }))
     }
 
     fn forward_batch(
@@ -291,6 +394,7 @@ impl<'m> Engine<'m> for CudaEngine<'m> {
         if batch.tokens.is_empty() {
             return Ok(());
         }
+        self.next = None;
         if batch.masked {
             self.state.bring_limits(&self.rows)?;
         }
@@ -325,8 +429,12 @@ fn check_memory(
         * cache;
     let is_copied = !device.info().integrated && placement() != Some(Placement::InPlace);
     let image = if is_copied { model.bytes().len() } else { 0 };
-    let wanted_bytes = image + cached + prompt::Sizes::new(config, shape, n_batch_max).n_bytes();
-    let (free_bytes, total_bytes) = device.memory_bytes()?;
+    let batches = prompt::Sizes::new(config, shape, n_batch_max).n_bytes() + Gemm::WORKSPACE_BYTES;
+    check_room(image + cached + batches, device.memory_bytes()?)
+}
+
+/// That `wanted_bytes` fit memory of which so many bytes are free, of so many.
+fn check_room(wanted_bytes: usize, (free_bytes, total_bytes): (usize, usize)) -> Result<(), CudaError> {
     if wanted_bytes > free_bytes {
         return Err(CudaError::OutOfMemory { wanted_bytes, free_bytes, total_bytes });
     }
@@ -339,11 +447,17 @@ fn placement() -> Option<Placement> {
 }
 
 /// The bytes of the file on the device; the library for products is opened meanwhile.
-fn upload<'m>(device: &Device, model: &'m Model) -> Result<Mirror<'m>, RuntimeError> {
+fn upload<'m>(
+    device: &Device,
+    model: &'m Model,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<Mirror<'m>, RuntimeError> {
     let read = |offset: usize, buffer: &mut [u8]| model.read_at(offset, buffer);
     thread::scope(|scope| {
         scope.spawn(Gemm::preload);
-        Mirror::new(device, model.bytes(), &read, placement(), &mut |_| {})
+        Mirror::new(device, model.bytes(), &read, placement(), &mut |n_done| {
+            progress(n_done, model.bytes().len())
+        })
     })
     .map_err(|error| match error {
         UploadError::Cuda(error) => error.into(),
@@ -372,5 +486,22 @@ fn element_bytes<'a>(elements: &Elements<'a>) -> &'a [u8] {
         Elements::F32(v) => bytemuck::cast_slice(v),
         Elements::F16(v) => bytemuck::cast_slice(v),
         Elements::Bf16(v) => bytemuck::cast_slice(v),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_larger_than_free_memory_is_refused_with_the_sizes() {
+        const GIB: usize = 1 << 30;
+        assert!(check_room(3 * GIB, (3 * GIB, 8 * GIB)).is_ok());
+        let error = check_room(13 * GIB, (3 * GIB, 8 * GIB)).expect_err("no room");
+        let text = error.to_string();
+        for size in ["13.00 GiB", "3.00 GiB", "8.00 GiB"] {
+            assert!(text.contains(size), "{text}");
+        }
+        assert!(error.hint().is_some_and(|hint| hint.contains("--ctx-size")));
     }
 }
