@@ -68,7 +68,7 @@ fn scale_at(temp: f64) -> f32 {
     ((std::f64::consts::LOG2_E / f64::from(DISTANCE_UNITS) / temp) as f32).min(f32::MAX)
 }
 
-/// As [`scale_at`] for the weights of top_p.
+/// Halvings of a weight in a unit of distance at temperature 1, for the weights of top_p.
 pub const SCALE_ONE: f32 = std::f32::consts::LOG2_E / DISTANCE_UNITS;
 
 /// How far `logit` is from `best`, the largest; `None` where that is too far, as it always is for minus infinity.
