@@ -2,7 +2,7 @@
 //!
 //! The text runs in windows of BOS and the tokens that follow; BOS itself is in every prompt, which is dense, and does
 //! not count. Every other window of the first four fifths fits: the dense pass over it gives, for each layer and kind of
-//! predictor, the rows kept and the energy missed by every limit ([`crate::predict`]). The windows between check: masked
+//! predictor, the rows kept and the energy missed by every limit (`predict`). The windows between check: masked
 //! passes over them find the budget, and their rows and energy are what the records state. The last fifth was seen by
 //! neither, and gives the divergence that the file states.
 //!
