@@ -279,7 +279,15 @@ pub(crate) fn run(
             search.for_divergence(&kinds, target, &mut bench.session, &check, progress)?
         }
         Target::MissedEnergy(target) => {
-            let setting = Setting::for_missed_energy(&fit, &kinds, target);
+            let setting = Setting::for_missed_energy(&fit, &kinds, &vec![target; fit.layers.len()]);
+            let masking = Masking::Setting(&fit, &setting);
+            let checked = measure(&mut bench.session, &check, &masking, progress)?;
+            // What a layer misses on the other half is more than on the half that chose, by about the same factor again.
+            let of_layer = |layer: &LayerQuality| {
+                if layer.missed_energy > target { target * target / layer.missed_energy } else { target }
+            };
+            let targets: Vec<f64> = checked.layers.iter().map(of_layer).collect();
+            let setting = Setting::for_missed_energy(&fit, &kinds, &targets);
             let masking = Masking::Setting(&fit, &setting);
             let checked = measure(&mut bench.session, &check, &masking, progress)?;
             (setting, checked)

@@ -106,7 +106,7 @@ pub struct EvalArgs {
     /// UTF-8 text to measure on; not the one that the file was calibrated with.
     #[arg(long, value_name = "FILE")]
     pub text: PathBuf,
-    /// Most tokens of it.
+    /// Most tokens of it; fewer where their dense logits take more than 256 MiB.
     #[arg(long, default_value_t = DEFAULT_EVAL_TOKENS, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub tokens: u32,
     /// What to compare: dense, exact, stored (the file's own), auto (the best for each layer), sign, sign-x8, w2, w3, svd (low

@@ -395,12 +395,14 @@ impl Evaluation {
             "\n                     KL, nats a token                              rows            energy  gate and      MLP bytes a\n\
              predictor   for KL      mean     p99     max   top-1  perplexity    kept  recall   missed  predictor          token   tok/s"
         )?;
-        let mut last = "";
+        let mut before: Option<&EvalRow> = None;
         for row in &self.rows {
-            if row.predictor != last && row.target_kl.is_some() {
+            // The budgets of a kind are a group.
+            let is_group = row.target_kl.is_some() || before.is_some_and(|row| row.target_kl.is_some());
+            if before.is_some_and(|before| before.predictor != row.predictor) && is_group {
                 writeln!(out)?;
             }
-            last = &row.predictor;
+            before = Some(row);
             let target = row.target_kl.map_or_else(|| "-".to_owned(), |target| target.to_string());
             let quality = &row.quality;
             let tok_per_s = row.tok_per_s.map_or_else(|| "-".to_owned(), |rate| format!("{rate:.1}"));

@@ -56,14 +56,14 @@ impl Setting {
         Self { layers: fit.layers.iter().map(layer).collect() }
     }
 
-    /// In each layer the kind and limit that reads the fewest bytes and misses at most `target` of the energy; for a
+    /// In each layer the kind and limit that reads the fewest bytes and misses at most its target of the energy; for a
     /// target of 0 none of the active pairs either, however little they add. A layer without an active pair keeps every
     /// row, as the text says nothing about it.
-    pub(crate) fn for_missed_energy(fit: &Fit<'_>, kinds: &[Kind], target: f64) -> Self {
-        let is_good = |effect: &LimitEffect| {
-            effect.missed_energy <= target && (target > 0.0 || effect.n_active_missed == 0)
-        };
-        let layers = (0..fit.layers.len()).map(|layer| {
+    pub(crate) fn for_missed_energy(fit: &Fit<'_>, kinds: &[Kind], targets: &[f64]) -> Self {
+        let layers = targets.iter().enumerate().map(|(layer, &target)| {
+            let is_good = |effect: &LimitEffect| {
+                effect.missed_energy <= target && (target > 0.0 || effect.n_active_missed == 0)
+            };
             if fit.layers[layer].rows_active == 0.0 {
                 return LayerSetting::last(fit, layer, kinds);
             }
@@ -150,7 +150,7 @@ impl<'f, 'm> Search<'f, 'm> {
         probe: &Reference,
         progress: &Progress,
     ) -> Result<Self, PrepError> {
-        let probing = Setting::for_missed_energy(fit, kinds, PROBED_MISSED_ENERGY);
+        let probing = Setting::for_missed_energy(fit, kinds, &vec![PROBED_MISSED_ENERGY; fit.layers.len()]);
         let measured = measure(session, probe, &Masking::OneLayerEach(fit, &probing), progress)?;
         let n_layers = fit.layers.len() as f64;
         let of_layer = |(kl, layer): (&f64, &LayerQuality)| {
