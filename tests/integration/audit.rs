@@ -166,13 +166,15 @@ fn audits_of_decoded_tokens_are_those_of_batches() {
             decoded.decode(token).expect("a token");
         }
     }
-    // The same rows of the same tokens: what differs is rounding between a batch and a token.
+    // The same rows of the same tokens. A batch and a token round differently, which tips a row at its threshold now and
+    // then: far less than the draw leaves open.
     let (batches, decoded) = (batches.audit().expect("audits"), decoded.audit().expect("audits"));
     assert_eq!((batches.n_tokens, batches.n_audited), (decoded.n_tokens, decoded.n_audited));
     for (a, b) in batches.layers.iter().zip(&decoded.layers) {
         for (a, b) in [(a.missed_energy, b.missed_energy), (a.recall, b.recall)] {
+            let slack = 0.25 * (a.high - a.low) + 0.02 * a.value;
             for (a, b) in [(a.value, b.value), (a.low, b.low), (a.high, b.high)] {
-                assert!((a / b - 1.0).abs() < 0.05, "{a} and {b}");
+                assert!((a - b).abs() < slack, "{a} and {b}, more than {slack} apart");
             }
         }
     }
