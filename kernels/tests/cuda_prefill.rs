@@ -479,22 +479,29 @@ fn skipped_rows_are_the_reference_bit_for_bit() {
     }
 }
 
-/// Inputs of integers, which the norm leaves integers in 8 bits, with thresholds half a unit beside the scores that one
-/// of them has; an input of zeros and one of NaN among them.
+/// Inputs of integers, which the norm leaves integers in 8 bits, with thresholds half a unit beside the scores of one of
+/// them; an input of zeros and one of NaN among them.
 #[test]
 fn rows_skipped_by_their_score_are_the_reference_bit_for_bit() {
     let device = device();
     let mut random = Random::new(16);
     let mut found = Vec::new();
     for (n_rows, n_cols) in [(1, 1), (100, 33), (704, 256), (1376, 512), (130, 4096), (65, 5100)] {
-        let n_words = n_cols.div_ceil(32);
+        let n_words = usize::div_ceil(n_cols, 32);
         let ones = vec![1.0; n_cols];
         let weight = device.upload(&ones).unwrap();
         for (n_tokens, n_planes) in TOKENS.into_iter().zip([1, 2, 3, 2]) {
             let words = random_planes(&mut random, n_planes, n_rows, n_cols);
             let (sign_words, low) = words.split_at(n_rows * n_words);
             let planes = BitPlanes { signs: SignMatrix { words: sign_words, n_rows, n_words }, low };
-            let mut x: Vec<f32> = (0..n_tokens).flat_map(|_| integers(&mut random, n_cols)).collect();
+            // The same values elsewhere, for one scale, and other signs.
+            let values = integers(&mut random, n_cols);
+            let mut x = Vec::with_capacity(n_tokens * n_cols);
+            for _ in 0..n_tokens {
+                let first = random.below(n_cols as u64) as usize;
+                let turned = values[first..].iter().chain(&values[..first]);
+                x.extend(turned.map(|&x| if random.below(2) == 0 { x } else { -x }));
+            }
             if n_tokens > 2 {
                 x[..n_cols].fill(0.0);
                 x[2 * n_cols - 1] = f32::NAN;
