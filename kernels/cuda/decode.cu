@@ -14,7 +14,9 @@
 // Warp       one segment of the rows of its group; the segment of the vector lies in registers. The ring is the warp's
 //            own: cp.async brings its next items, in the order of the model and across phases, so that while the block
 //            waits at a barrier, attends or chases active rows, the weights of the next dense phase arrive
-// Bytes      weights, sign words and cached positions that the token needs, each once
+//            A predictor's planes come through the ring as well, plane after plane of the same rows, and its counts are
+//            the one-bit products of scores.cuh
+// Bytes      weights, sign words or planes and cached positions that the token needs, each once
 // Order      the work of each block, warp and lane is fixed by the shapes, the position and h; queues move work between
 //            warps, never a sum: repeatable bit for bit
 // Measured   H100 80GB, sm_90, f16, context 512, 7B shape: dense 5.35 ms a token, 2521 GB/s, 82 % of the read
