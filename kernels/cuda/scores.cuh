@@ -116,15 +116,15 @@ struct ScoreCounts {
     }
 
     // The planes so far count double, then the next. words_at(word) are the words of row lane / 4 from word on, a
-    // multiple of 4 below n_words, with zeros past the last.
-    template <typename WordsAt>
+    // multiple of 4 below n_words, with zeros past the last; of so many steps at a time.
+    template <int STEPS = 4, typename WordsAt>
     __device__ __forceinline__ void add_plane(int n_words, const uint32_t* x_planes, const WordsAt& words_at) {
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             n[i / 4][i % 4] *= 2;
         }
         const uint4* planes = reinterpret_cast<const uint4*>(x_planes) + lane_id();
-#pragma unroll 4
+#pragma unroll STEPS
         for (int step = 0; step < x_planes_steps(n_words); step++) {
             const int word = step * STEP_WORDS + lane_id() % 4 * 4;
             const uint4 w = word < n_words ? words_at(word) : make_uint4(0, 0, 0, 0);
@@ -167,7 +167,7 @@ struct BitRows {
             if (n_words % 4 == 0) {
                 counts.add_plane(n_words, x_planes, [&](int word) { return load_weights(words + word); });
             } else {
-                counts.add_plane(n_words, x_planes, [&](int word) {
+                counts.add_plane<1>(n_words, x_planes, [&](int word) {
                     const auto at = [&](int k) { return word + k < n_words ? __ldg(words + word + k) : 0; };
                     return make_uint4(at(0), at(1), at(2), at(3));
                 });
