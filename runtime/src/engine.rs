@@ -56,11 +56,6 @@ pub(crate) trait Engine<'m>: std::fmt::Debug {
     /// Tokens of a batch that prompts go through best in; at most the session's `n_batch_max`.
     fn n_batch(&self) -> usize;
 
-    /// False if scores cannot be computed here: the session then asks for exact rows in their place.
-    fn has_scores(&self) -> bool {
-        true
-    }
-
     /// Takes `planes`, one for each layer, in place of the file's. False if the engine cannot.
     fn set_planes(&mut self, planes: &[Option<BitPlanes<'m>>]) -> bool {
         let _ = planes;

@@ -129,8 +129,6 @@ pub struct Session<'m> {
     limits: Vec<Option<f32>>,
     /// In place of the stored limits and thresholds, one for each layer.
     budget: Option<Vec<f32>>,
-    /// Layers whose predictor the backend lacks, so that they are exact.
-    n_not_scored: usize,
     /// The engine has planes of [`Session::set_prediction`].
     has_own_planes: bool,
     usage: Usage,
@@ -182,7 +180,6 @@ impl<'m> Session<'m> {
             n_batch_max: options.n_batch_max,
             limits: Vec::new(),
             budget: None,
-            n_not_scored: 0,
             has_own_planes: false,
             usage: Usage::default(),
             audit: None,
@@ -225,17 +222,7 @@ impl<'m> Session<'m> {
             let budget = self.budget.as_ref().map(|limits| limits[layer]);
             RowChoice::new(mode, stored_rows(self.model, layer, budget, alpha_scale))
         };
-        let mut rows: Vec<RowChoice> = (0..records.len()).map(choice).collect();
-        self.n_not_scored = 0;
-        if !self.engine.has_scores() {
-            let is_scored =
-                |rows: &RowChoice| matches!(rows, RowChoice::Threshold(_) | RowChoice::RowThresholds(_));
-            for rows in rows.iter_mut().filter(|rows| is_scored(rows)) {
-                *rows = RowChoice::Active;
-                self.n_not_scored += 1;
-            }
-        }
-        self.set_rows(rows)
+        self.set_rows((0..records.len()).map(choice).collect())
     }
 
     /// Has decode keep the gate rows whose n_neg is at most the layer's limit, `(num_hidden_layers,)`, whatever the
@@ -374,14 +361,9 @@ impl<'m> Session<'m> {
         self.engine.n_batch()
     }
 
-    /// What runs the model, for people: `cpu (avx512, 2 threads)`. A backend that lacks the predictor of a layer computes
-    /// its gate rows exactly and says so here.
+    /// What runs the model, for people: `cpu (avx512, 2 threads)`.
     pub fn backend(&self) -> String {
-        let engine = self.engine.describe();
-        match self.n_not_scored {
-            0 => engine,
-            n_layers => format!("{engine}, {n_layers} layers exact as it predicts by signs alone"),
-        }
+        self.engine.describe()
     }
 
     /// The limits on n_neg, or thresholds on scores, that decoding uses, one per layer (the widest where rows have
