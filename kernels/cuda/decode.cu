@@ -12,19 +12,23 @@
 // Grid       one block for each SM, launched cooperatively; a phase of the model ends at a barrier of the whole grid
 // Block      256 threads, 1-D; shared memory: the residual, one other vector, small lists, and the ring
 // Warp       one segment of the rows of its group; the segment of the vector lies in registers. The ring is the warp's
-//            own: cp.async brings its next items, in the order of the model and across phases, so that while the block
-//            waits at a barrier, attends or chases active rows, the weights of the next dense phase arrive
-//            A predictor's planes come through the ring as well, plane after plane of the same rows, and its counts are
-//            the one-bit products of scores.cuh
+//            own: it brings the warp's next items, in the order of the model and across phases, so that while the block
+//            waits at a barrier or attends, the weights of the next dense phase arrive. Chosen rows of the MLP come
+//            through the emptied ring as well, all that fit at once; the next layer's items are asked for after them, as
+//            these would wait behind it. A predictor's planes come plane after plane of the same rows
 // Bytes      weights, sign words or planes and cached positions that the token needs, each once
 // Order      the work of each block, warp and lane is fixed by the shapes, the position and h; queues move work between
 //            warps, never a sum: repeatable bit for bit
-// Measured   H100 80GB, sm_90, f16, context 512, 7B shape: dense 5.35 ms a token, 2521 GB/s, 82 % of the read
-//            bandwidth; predicted (20 % of rows kept, 10 % active) 3.06 ms, 2027 GB/s, 66 %; records/
+// Measured   H100 80GB, sm_90, f16, context 512, 7B shape: dense 5.13 ms a token, 2628 GB/s, 86 % of the read
+//            bandwidth; predicted (21 % of rows kept, 10 % active) 2.95 ms, 2089 GB/s, 69 %; records/
 // Tried      programmatic dependent launch of the five kernels: early blocks of the next kernel pack two to an SM and
 //            leave others empty (7B dense: 6.5 ms a token against 5.8 without). Asking L2 for rows ahead
-//            (cp.async.bulk.prefetch.L2): 2 to 40 % slower than plain loads
+//            (cp.async.bulk.prefetch.L2): 2 to 40 % slower than plain loads. Shares in proportion to the speed of each SM
+//            (those of small CPCs read 1.36 times as fast): blocks end together, the token as late as before. Two items
+//            at a time from the ring: no faster. Asking for the next layer before the predictor, in the down projection
+//            or after it: 0.4 to 3 % slower than right after h is stored. A ring off a line of 128 bytes: 10 % slower
 
+#include "bulk.cuh"
 #include "scores.cuh"
 
 // Few warps with many registers: they hold a segment of the vector beside the loads in flight.
@@ -32,8 +36,6 @@ constexpr int DECODE_WARPS = 8;
 constexpr int DECODE_THREADS = DECODE_WARPS * WARP;
 // 16-byte loads of a lane in an item.
 constexpr int ITEM_LOADS = 8;
-// Rows that a warp has in flight where rows are chosen at run time.
-constexpr int ROWS_IN_FLIGHT = 3;
 constexpr int DOWN_LANES = 16;
 constexpr int DOWN_IN_FLIGHT = 20;
 constexpr int DOWN_ROUND = 2 * DOWN_IN_FLIGHT;
@@ -49,6 +51,9 @@ constexpr int MERGE_COLS = 4;
 constexpr int MERGE_SPLITS = 4;
 constexpr int SPLIT_POSITIONS = 128;
 constexpr int LAYERS_MAX = 128;
+constexpr int SLOTS_MAX = 16;
+// Of the ring's slots: copies into shared memory write lines of this many bytes, and cost half as much again across two.
+constexpr int RING_ALIGN = 128;
 
 // How rows are dealt to the warps of a block.
 struct ItemCut {
@@ -125,22 +130,26 @@ struct DecodeArgs {
     DecodeLayer layers[LAYERS_MAX];
 };
 
-// 16 bytes, or zeros without a read.
-__device__ __forceinline__ void copy_async(uint32_t to_shared, const void* from, bool reads) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to_shared), "l"(from), "r"(reads ? 16 : 0)
-                 : "memory");
+__device__ __forceinline__ void copy_async(uint32_t to_shared, const void* from) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to_shared), "l"(from) : "memory");
 }
 
-// Waits until at most n_slots - 1 of the latest groups are in flight, for the numbers of slots that the host chooses.
-__device__ __forceinline__ void wait_copies(int n_slots) {
-    if (n_slots == 5) {
-        asm volatile("cp.async.wait_group 4;" ::: "memory");
-    } else if (n_slots == 3) {
-        asm volatile("cp.async.wait_group 2;" ::: "memory");
-    } else if (n_slots == 9) {
+// Waits until fewer than n of the latest groups are in flight, for n up to the slots that the host chooses.
+__device__ __forceinline__ void wait_copies(int n) {
+    if (n >= 9) {
         asm volatile("cp.async.wait_group 8;" ::: "memory");
-    } else {
+    } else if (n == 8) {
+        asm volatile("cp.async.wait_group 7;" ::: "memory");
+    } else if (n >= 5) {
+        asm volatile("cp.async.wait_group 4;" ::: "memory");
+    } else if (n == 4) {
+        asm volatile("cp.async.wait_group 3;" ::: "memory");
+    } else if (n == 3) {
+        asm volatile("cp.async.wait_group 2;" ::: "memory");
+    } else if (n == 2) {
         asm volatile("cp.async.wait_group 1;" ::: "memory");
+    } else {
+        asm volatile("cp.async.wait_group 0;" ::: "memory");
     }
 }
 
@@ -194,7 +203,8 @@ struct Decoder {
     // The planes of vec in 8 bits, where rows are predicted by their score.
     __device__ __forceinline__ uint32_t* x_planes() const { return x_signs(); }
     __device__ __forceinline__ const uint4* ring() const {
-        const uint32_t* rings = x_planes() + x_planes_words(n_words());
+        const uintptr_t end = reinterpret_cast<uintptr_t>(x_planes() + x_planes_words(n_words()));
+        const uintptr_t rings = (end + RING_ALIGN - 1) & -static_cast<uintptr_t>(RING_ALIGN);
         return reinterpret_cast<const uint4*>(rings) + warp_id() * a.n_slots * (a.slot_bytes / 16);
     }
     __device__ __forceinline__ static float* scratch() {
@@ -202,8 +212,12 @@ struct Decoder {
         return floats;
     }
 
-    // The ring: the slot whose item comes next, and a run of items, equally far apart, that are to be asked for.
+    // The ring: the slot whose item comes next, the slot that the next item asked for goes to, and the slots freed
+    // without an item asked for; a run of items, equally far apart, that are to be asked for.
     int slot = 0;
+    int ask_slot = 0;
+    int n_owed = 0;
+    uint32_t parity = 0;  // of the arrivals at slot
     const char* run_from = nullptr;  // this lane's first 16 bytes of the next item
     int run_step = 0;                // bytes from item to item
     int run_left = 0;
@@ -212,6 +226,9 @@ struct Decoder {
     int next_layer = 0;
     int next_phase = QKV;
     int next_item = 0;
+    // Nothing past the chosen rows of this layer is asked for; the asking has come to them, or to the model's end.
+    int last_layer = 0;
+    bool at_last = false;
     int n_sign_items = 0;
 
     uint32_t barriers = 0;
@@ -381,6 +398,9 @@ struct Decoder {
                 next_item += run_left;
                 return;
             }
+            if (next_phase == MLP && next_layer >= last_layer && a.layers[next_layer].rows != ALL) {
+                return;
+            }
             next_item = 0;
             if (next_phase == MLP && next_layer + 1 < a.n_layers) {
                 next_layer++;
@@ -391,33 +411,92 @@ struct Decoder {
         }
     }
 
-    // Asks for the next item of this warp; past the end for nothing, so that groups stay in step with items.
-    __device__ __forceinline__ void ask() {
-        if (run_left == 0) {
-            find_run();
-        }
-        if (run_left > 0) {
-            const uint32_t to =
-                static_cast<uint32_t>(__cvta_generic_to_shared(ring() + slot * (a.slot_bytes / 16) + lane_id()));
-            // Whole slots, so that what a reader finds past an item's end is zero.
-#pragma unroll
-            for (int k = 0; k < ITEM_LOADS; k++) {
-                if (k * WARP * 16 < a.slot_bytes) {
-                    copy_async(to + k * WARP * 16, run_from + k * WARP * 16, lane_id() + k * WARP < run_granules);
-                }
+    __device__ __forceinline__ static uint64_t* arrivals() {
+        __shared__ uint64_t all[DECODE_WARPS * SLOTS_MAX];
+        return all + warp_id() * SLOTS_MAX;
+    }
+
+    __device__ __forceinline__ void init_ring() const {
+#if __CUDA_ARCH__ >= 900
+        if (lane_id() == 0) {
+            for (int i = 0; i < a.n_slots; i++) {
+                init_barrier(arrivals() + i, 1);
             }
+            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        }
+        __syncwarp();
+#endif
+    }
+
+    // How items come into the ring: on sm_90 and later an item is one bulk copy that one lane asks for, and a barrier of
+    // each slot tells of its arrival. A thread's fences, with which a barrier of the grid begins, do not wait for such
+    // copies. Before sm_90, an item is a group of copies of 16 bytes, and groups are counted.
+
+    // Asks for an item of n granules, of which this lane's first is at from. A slot has to be free.
+    __device__ __forceinline__ void ask_item(const char* from, int n_granules) {
+        const uint32_t to = shared_address(ring() + ask_slot * (a.slot_bytes / 16));
+#if __CUDA_ARCH__ >= 900
+        if (lane_id() == 0) {
+            uint64_t* arrival = arrivals() + ask_slot;
+            expect_bytes(arrival, n_granules * 16);
+            if (n_granules > 0) {
+                copy_bulk(to, from, n_granules * 16, arrival);
+            }
+        }
+#else
+#pragma unroll
+        for (int k = 0; k < ITEM_LOADS; k++) {
+            if (lane_id() + k * WARP < n_granules) {
+                copy_async(to + (lane_id() + k * WARP) * 16, from + k * WARP * 16);
+            }
+        }
+        commit_copies();
+#endif
+        n_owed--;
+        ask_slot = ask_slot + 1 == a.n_slots ? 0 : ask_slot + 1;
+    }
+
+    // Asks for this warp's next items, as many as slots are free, as far as they are to be asked for yet.
+    __device__ __forceinline__ void ask_owed() {
+#pragma unroll 1
+        while (n_owed > 0 && !at_last) {
+            if (run_left == 0) {
+                find_run();
+                at_last = run_left == 0;
+                continue;
+            }
+            ask_item(run_from, run_granules);
             run_from += run_step;
             run_left--;
         }
-        commit_copies();
-        slot = slot + 1 == a.n_slots ? 0 : slot + 1;
     }
 
-    // The next item of this warp, arrived. ask() frees it.
-    __device__ __forceinline__ const uint4* arrived() {
-        wait_copies(a.n_slots);
+    // Asks for what is owed, up to the chosen rows of the layer.
+    __device__ __forceinline__ void pay(int layer) {
+        last_layer = layer;
+        at_last = false;
+        ask_owed();
+    }
+
+    // The next item of this warp, arrived. free_slot() frees it.
+    __device__ __forceinline__ const uint4* arrived() const {
+#if __CUDA_ARCH__ >= 900
+        wait_at(arrivals() + slot, parity);
+#else
+        wait_copies(a.n_slots - n_owed);
         __syncwarp();
+#endif
         return ring() + slot * (a.slot_bytes / 16);
+    }
+
+    __device__ __forceinline__ void free_slot() {
+        __syncwarp();
+        slot++;
+        if (slot == a.n_slots) {
+            slot = 0;
+            parity ^= 1;
+        }
+        n_owed++;
     }
 
     // 16-byte pieces of this warp's segment.
@@ -464,14 +543,14 @@ struct Decoder {
         return s;
     }
 
-    // This lane's part of an item of N loads; what the item lacks is zero. All of it is on its way from shared memory
-    // before the first product.
+    // This lane's part of an item of N loads. All of it is on its way from shared memory before the first product.
     template <int N>
     __device__ __forceinline__ static float multiply(const Segment& s, const uint4* item) {
         uint4 raw[N];
 #pragma unroll
         for (int k = 0; k < N; k++) {
-            raw[k] = item[lane_id() + k * WARP];
+            const int granule = lane_id() + k * WARP;
+            raw[k] = granule < s.n_granules ? item[granule] : make_uint4(0, 0, 0, 0);
         }
         float sums[4] = {};
 #pragma unroll
@@ -481,26 +560,32 @@ struct Decoder {
         return (sums[0] + sums[1]) + (sums[2] + sums[3]);
     }
 
-    // tile[(i - first) * n_segs + seg] = segment seg of row i, for the rows first..end of a phase, out of the ring.
+    // This lane's part of the item that arrives next, which frees its slot.
+    __device__ __forceinline__ float multiply_next(const Segment& s, int n_loads) {
+        const uint4* item = arrived();
+        float sum;
+        if (n_loads > 6) {
+            sum = multiply<8>(s, item);
+        } else if (n_loads > 4) {
+            sum = multiply<6>(s, item);
+        } else if (n_loads > 2) {
+            sum = multiply<4>(s, item);
+        } else {
+            sum = multiply<2>(s, item);
+        }
+        free_slot();
+        return sum;
+    }
+
+    // tile[(i - first) * n_segs + seg] = segment seg of row i, for the rows first..end of a phase, as the ring brings them.
     __device__ __forceinline__ void ring_rows(const ItemCut& cut, const Segment& s, int first, int end) {
         const int seg = (warp_id() & (cut.n_segs - 1));
         const int n_groups = (DECODE_WARPS >> cut.seg_bits);
         const int n_loads = (cut.granules + WARP - 1) / WARP;
 #pragma unroll 1
         for (int i = first + (warp_id() >> cut.seg_bits); i < end; i += n_groups) {
-            const uint4* item = arrived();
-            float sum;
-            if (n_loads > 6) {
-                sum = multiply<8>(s, item);
-            } else if (n_loads > 4) {
-                sum = multiply<6>(s, item);
-            } else if (n_loads > 2) {
-                sum = multiply<4>(s, item);
-            } else {
-                sum = multiply<2>(s, item);
-            }
-            __syncwarp();
-            ask();
+            float sum = multiply_next(s, n_loads);
+            ask_owed();
             sum = warp_sum(sum);
             if (lane_id() == 0) {
                 tile()[(i - first) * cut.n_segs + seg] = sum;
@@ -508,42 +593,26 @@ struct Decoder {
         }
     }
 
-    // The same for n rows chosen at run time, read directly.
-    template <typename RowOf>
-    __device__ __forceinline__ void chosen_rows(const ItemCut& cut, const Segment& s, int n, RowOf row_of) {
+    // The same for rows first..end of a list. The ring is empty before and after: as many rows as it holds are on their way
+    // at once.
+    __device__ __forceinline__ void listed_rows(
+        const ItemCut& cut, const Segment& s, int first, int end, const T* matrix, const int* list
+    ) {
         const int seg = (warp_id() & (cut.n_segs - 1));
         const int n_groups = (DECODE_WARPS >> cut.seg_bits);
-        const int first = seg * cut.granules;
+        const int n_loads = (cut.granules + WARP - 1) / WARP;
+        const T* segments = matrix + (seg * cut.granules + lane_id()) * PER_LOAD<T>;
+        int asked = first + (warp_id() >> cut.seg_bits);
 #pragma unroll 1
-        for (int i = (warp_id() >> cut.seg_bits); i < n; i += n_groups * ROWS_IN_FLIGHT) {
-            uint4 raw[ROWS_IN_FLIGHT][ITEM_LOADS];
-#pragma unroll
-            for (int r = 0; r < ROWS_IN_FLIGHT; r++) {
-                // What is not loaded is zero, as a value from an earlier round would stay in a register through all phases.
-                const int at = i + r * n_groups;
-                const int n_granules = at < n ? s.n_granules : 0;
-                const T* row = row_of(min(at, n - 1)) + first * PER_LOAD<T>;
-#pragma unroll
-                for (int k = 0; k < ITEM_LOADS; k++) {
-                    const int granule = lane_id() + k * WARP;
-                    raw[r][k] =
-                        granule < n_granules ? load_weights(row + granule * PER_LOAD<T>) : make_uint4(0, 0, 0, 0);
-                }
+        for (int i = asked; i < end; i += n_groups) {
+#pragma unroll 1
+            for (; n_owed > 0 && asked < end; asked += n_groups) {
+                const T* row = segments + static_cast<int64_t>(list[asked]) * cut.n_cols;
+                ask_item(reinterpret_cast<const char*>(row), s.n_granules);
             }
-#pragma unroll
-            for (int r = 0; r < ROWS_IN_FLIGHT; r++) {
-                const int at = i + r * n_groups;
-                if (at < n) {
-                    float sums[4] = {};
-#pragma unroll
-                    for (int k = 0; k < ITEM_LOADS; k++) {
-                        s.add(k, raw[r][k], sums);
-                    }
-                    const float sum = warp_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-                    if (lane_id() == 0) {
-                        tile()[at * cut.n_segs + seg] = sum;
-                    }
-                }
+            const float sum = warp_sum(multiply_next(s, n_loads));
+            if (lane_id() == 0) {
+                tile()[(i - first) * cut.n_segs + seg] = sum;
             }
         }
     }
@@ -1013,8 +1082,8 @@ struct Decoder {
                 for (uint32_t plane = 0; plane < w.n_planes; plane++) {
                     const uint4* row = arrived() + i * (words / 4);
                     counts.add_plane(words, x_planes(), [&](int word) { return row[word / 4]; });
-                    __syncwarp();
-                    ask();
+                    free_slot();
+                    ask_owed();
                 }
                 score = counts.score();
             } else {
@@ -1064,8 +1133,8 @@ struct Decoder {
             }
             keep_rows(keep, row, n_kept);
             if (ringed) {
-                __syncwarp();
-                ask();
+                free_slot();
+                ask_owed();
             }
         }
     }
@@ -1122,15 +1191,14 @@ struct Decoder {
         const int step = tile_rows(a.cut_d);
 #pragma unroll 1
         for (int pass = w.rows == PREDICTED ? 0 : w.rows == ACTIVE ? 1 : 2; pass < 2; pass++) {
-            const T* matrix = static_cast<const T*>(pass == 0 ? w.w_gate : w.w_up);
+            const void* weights = pass == 0 ? w.w_gate : w.w_up;
+            const T* matrix = static_cast<const T*>(weights) + static_cast<int64_t>(begin) * a.cut_d.n_cols;
             const int* list = pass == 0 ? kept() : active();
             const int n_listed = pass == 0 ? *n_kept : *n_active;
 #pragma unroll 1
             for (int first = 0; first < n_listed; first += step) {
                 const int end = min(first + step, n_listed);
-                chosen_rows(a.cut_d, s, end - first, [&](int i) {
-                    return matrix + static_cast<int64_t>(begin + list[first + i]) * a.cut_d.n_cols;
-                });
+                listed_rows(a.cut_d, s, first, end, matrix, list);
                 __syncthreads();
 #pragma unroll 1
                 for (int i = threadIdx.x; i < end - first; i += DECODE_THREADS) {
@@ -1334,12 +1402,11 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
     const int position = static_cast<int>(min(__ldcg(&a.state->position), static_cast<uint32_t>(a.n_positions_max - 1)));
     m.arrivals_before = __ldcg(a.sync + 1);
     m.start_marks();
+    m.init_ring();
     m.make_shares();
     m.n_sign_items = a.sign_rows == 0 ? 0 : (m.share(MLP).count + a.sign_rows - 1) / a.sign_rows;
-#pragma unroll 1
-    for (int i = 0; i < a.n_slots; i++) {
-        m.ask();
-    }
+    m.n_owed = a.n_slots;
+    m.pay(0);
 
     float best = -INFINITY;
     int id = INT_MAX;
@@ -1414,6 +1481,10 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
             m.sparse_rows(layer, s, &n_kept, &n_active);
         }
         m.arrive();
+        if (phase == MLP) {
+            // The next layer's first items come after all rows chosen here, and after this block's word that h is there.
+            m.pay(layer + 1);
+        }
         if (phase == QKV) {
             // attention() waits, when it has asked for the keys and values that are there already.
             phase = OUT;

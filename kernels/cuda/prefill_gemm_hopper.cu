@@ -15,6 +15,7 @@
 // Measured   H100, 512 tokens of 7B f16: 404 to 563 TFLOP/s (cuBLASLt 577 to 687); record 2026-11-25-h100-prompt
 // Tried      barriers at the scope of the cluster: a third of the speed
 
+#include "bulk.cuh"
 #include "prefill.cuh"
 
 // Hopper's own instructions exist in the code for sm_90a alone; gemm.rs asks the module for the kernels.
@@ -57,19 +58,6 @@ struct WideShared {
     uint64_t empty[STAGES];
 };
 
-__device__ __forceinline__ uint32_t shared_address(const void* address) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(address));
-}
-
-__device__ __forceinline__ void init_barrier(uint64_t* barrier, uint32_t n_arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(n_arrivals) : "memory");
-}
-
-__device__ __forceinline__ void expect_bytes(uint64_t* barrier, uint32_t n_bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(n_bytes)
-                 : "memory");
-}
-
 // Arrives at the barrier of block rank of the cluster. Neither this nor the wait orders memory beyond the block: what
 // crosses blocks is written by the copies and read by the products, and the barriers order those. At the cluster's
 // scope each would wait for all memory accesses, which costs more than a stage's products.
@@ -81,20 +69,6 @@ __device__ __forceinline__ void arrive_at(uint64_t* barrier, uint32_t rank) {
         "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
         "}" ::"r"(shared_address(barrier)),
         "r"(rank)
-        : "memory");
-}
-
-__device__ __forceinline__ void wait_at(uint64_t* barrier, uint32_t parity) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@done bra over;\n"
-        "bra again;\n"
-        "over:\n"
-        "}" ::"r"(shared_address(barrier)),
-        "r"(parity)
         : "memory");
 }
 

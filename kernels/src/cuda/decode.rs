@@ -16,6 +16,9 @@ const D_MAX: usize = 8 * 4 * WARPS * WARP;
 const LAYERS_MAX: usize = 128;
 /// Slots of a warp's ring that `wait_copies` knows.
 const N_SLOTS: [usize; 4] = [9, 5, 3, 2];
+/// Most slots where items are bulk copies, from this compute capability on.
+const SLOTS_MAX: usize = 16;
+const BULK_SINCE: (u32, u32) = (9, 0);
 /// Most rows of sign words that a warp counts side by side.
 const SIGN_ROWS_MAX: usize = 8;
 /// Partial sums of one tile.
@@ -27,8 +30,10 @@ const DOWN_QUEUE: usize = 2 * 20 + WARP;
 const CHUNKS_MAX: usize = 8;
 /// Most chunks of positions: every block merges all.
 const SPLITS_MAX: usize = 16;
+/// Bytes that the ring begins at a multiple of.
+const RING_ALIGN: usize = 128;
 /// Shared memory that the compiler lays out itself.
-const STATIC_BYTES: usize = 1 << 10;
+const STATIC_BYTES: usize = 2 << 10;
 
 /// What a token's clocks are spent on, in the order of `Step` of decode.cu. A wait is for the other blocks.
 pub const DECODE_STEPS: [&str; 19] = [
@@ -289,9 +294,15 @@ impl Plan {
         };
         let fixed_floats = d + vec_floats + TILE_FLOATS + 3 * list_rows;
         let fixed_bytes = fixed_floats * size_of::<f32>() + x_planes_bytes(d.div_ceil(WARP));
+        let fixed_bytes = fixed_bytes + RING_ALIGN;
         let ring_bytes = device.shared_bytes_max().checked_sub(STATIC_BYTES + fixed_bytes)?;
         let room = ring_bytes / WARPS / slot_bytes;
-        let n_slots = N_SLOTS.into_iter().find(|&n_slots| n_slots <= room);
+        let bulk = device.info().capability >= BULK_SINCE;
+        let n_slots = if bulk && room >= 2 {
+            Some(room.min(SLOTS_MAX))
+        } else {
+            N_SLOTS.into_iter().find(|&n_slots| n_slots <= room)
+        };
         n_slots.map(|n_slots| Self {
             shape: *shape,
             d,
