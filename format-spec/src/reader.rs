@@ -197,6 +197,9 @@ pub(crate) fn check_predictor_sections(
             PredictorKind::Sign | PredictorKind::SignX8 => &[SectionKind::GateSigns],
             PredictorKind::SignPerRow => &[SectionKind::GateSigns, SectionKind::GateLimits],
             PredictorKind::W2 | PredictorKind::W3 => &[SectionKind::GateSigns, SectionKind::GatePlanes],
+            PredictorKind::LowRank | PredictorKind::LowRankRelu => {
+                &[SectionKind::GateFc1, SectionKind::GateFc2]
+            }
         };
         let is_missing = |kind: &&SectionKind| shape(**kind, Some(layer)).is_none();
         if let Some(&kind) = needed.iter().find(is_missing) {
@@ -207,6 +210,18 @@ pub(crate) fn check_predictor_sections(
         if n_planes != expected {
             let kind = record.kind.name();
             return Err(FormatError::GatePlanes { layer, found: n_planes, expected, kind });
+        }
+        let factors = [SectionKind::GateFc1, SectionKind::GateFc2];
+        let [fc1, fc2] = factors.map(|kind| shape(kind, Some(layer)));
+        let stray = factors.into_iter().find(|&kind| shape(kind, Some(layer)).is_some());
+        if let Some(section) = stray.filter(|_| !record.kind.has_factors()) {
+            return Err(FormatError::GateFactors { layer, section, kind: record.kind.name() });
+        }
+        if let (Some(fc1), Some(fc2)) = (fc1, fc2) {
+            let (found, expected) = (fc2.dims()[1], fc1.dims()[0]);
+            if found != expected {
+                return Err(FormatError::GateRank { layer, found, expected });
+            }
         }
     }
     Ok(())

@@ -42,6 +42,10 @@ pub enum SectionKind {
     GatePlanes = 38,
     /// Per-row offsets on the threshold of a score, `(f,)` f32; a layer with such a predictor may have them.
     GateOffsets = 39,
+    /// First factor of a predictor of low rank, `(r, d)` f16; present where the predictor kind asks for it.
+    GateFc1 = 40,
+    /// Second factor, `(f, r)` f16; present with the first.
+    GateFc2 = 41,
     /// One 64-byte predictor record per layer, `(L, 64)` u8.
     Predictors = 64,
     /// Curves of the calibration, `(L, points, 4)` f32; optional.
@@ -56,7 +60,7 @@ pub enum SectionKind {
 
 impl SectionKind {
     /// Every kind, by code.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 23] = [
         Self::Embedding,
         Self::FinalNorm,
         Self::LmHead,
@@ -73,6 +77,8 @@ impl SectionKind {
         Self::GateLimits,
         Self::GatePlanes,
         Self::GateOffsets,
+        Self::GateFc1,
+        Self::GateFc2,
         Self::Predictors,
         Self::CalibrationCurves,
         Self::BudgetCurve,
@@ -99,6 +105,8 @@ impl SectionKind {
             Self::GateLimits => "gate_limits",
             Self::GatePlanes => "gate_planes",
             Self::GateOffsets => "gate_offsets",
+            Self::GateFc1 => "gate_fc1",
+            Self::GateFc2 => "gate_fc2",
             Self::Predictors => "predictors",
             Self::CalibrationCurves => "calibration_curves",
             Self::BudgetCurve => "budget_curve",
@@ -119,7 +127,7 @@ impl SectionKind {
 
     /// True for the kinds that every layer has of its own.
     pub fn is_per_layer(self) -> bool {
-        (Self::AttnNorm..=Self::GateOffsets).contains(&self)
+        (Self::AttnNorm..=Self::GateFc2).contains(&self)
     }
 
     /// True for the kinds that [`crate::Writer::seal`] writes, after the weights.
@@ -150,6 +158,7 @@ impl SectionKind {
             | Self::CalibrationCurves
             | Self::BudgetCurve => &[DType::F32],
             Self::GateSigns | Self::GateLimits | Self::GatePlanes => &[DType::U32],
+            Self::GateFc1 | Self::GateFc2 => &[DType::F16],
             Self::Predictors | Self::Tokenizer | Self::Provenance => &[DType::U8],
             Self::Embedding
             | Self::LmHead
@@ -179,6 +188,8 @@ impl SectionKind {
             Self::GateLimits | Self::GateOffsets => &[f],
             Self::Predictors => &[u64::from(config.num_hidden_layers), RECORD_LEN as u64],
             Self::GatePlanes
+            | Self::GateFc1
+            | Self::GateFc2
             | Self::CalibrationCurves
             | Self::BudgetCurve
             | Self::Tokenizer
