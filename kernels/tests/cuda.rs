@@ -359,7 +359,7 @@ proptest! {
             Rows::Predicted { .. } => {
                 DeviceRows::Predicted { signs: words.view(), limits: DeviceLimits::PerRow(limits.view()) }
             }
-            Rows::Scored { .. } => unreachable!("rows_of has none"),
+            Rows::Scored { .. } | Rows::LowRank { .. } => unreachable!("rows_of has none"),
         };
         let scratch = device.down_scratch(n_rows, n_cols).unwrap();
         let run = || {
