@@ -4,9 +4,9 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 
-use format_spec::{DType, FormatError, Layout, ModelConfig, Section, SectionKind};
+use format_spec::{DType, FormatError, Layout, ModelConfig, PredictorKind, Section, SectionKind};
 use half::{bf16, f16};
-use kernels::{BitPlanes, Elements, Matrix, MlpWeights, SignMatrix};
+use kernels::{BitPlanes, Elements, LowRank, Matrix, MlpWeights, SignMatrix};
 use memmap2::Mmap;
 
 use crate::RuntimeError;
@@ -36,6 +36,8 @@ pub(crate) struct LayerWeights<'m> {
     pub(crate) mlp: MlpWeights<'m>,
     /// What prediction reads, in files made for it.
     pub(crate) planes: Option<BitPlanes<'m>>,
+    /// The factors of a predictor of low rank, in place of planes.
+    pub(crate) low_rank: Option<LowRank<'m>>,
 }
 
 impl<'m> LayerWeights<'m> {
@@ -140,6 +142,16 @@ impl Model {
         Some(BitPlanes { signs: self.gate_signs(layer)?, low })
     }
 
+    /// The factors that `layer` predicts with, where its predictor is of low rank.
+    pub fn low_rank(&self, layer: usize) -> Option<LowRank<'_>> {
+        let kind = self.layout.predictors().get(layer)?.kind;
+        kind.has_factors().then(|| LowRank {
+            fc1: self.matrix(SectionKind::GateFc1, Some(layer)),
+            fc2: self.matrix(SectionKind::GateFc2, Some(layer)),
+            relu: kind == PredictorKind::LowRankRelu,
+        })
+    }
+
     /// Offsets on the thresholds of the rows of `layer`, `(intermediate_size,)`, where the file has them.
     pub fn gate_offsets(&self, layer: usize) -> Option<&[f32]> {
         let section = self.layout.find(SectionKind::GateOffsets, Some(layer as u32))?;
@@ -203,6 +215,7 @@ impl Model {
                 down_t: matrix(SectionKind::WDownT),
             },
             planes: self.gate_planes(layer),
+            low_rank: self.low_rank(layer),
         }
     }
 

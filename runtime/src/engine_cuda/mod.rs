@@ -331,6 +331,10 @@ impl<'m> Engine<'m> for CudaEngine<'m> {
         false
     }
 
+    fn has_low_rank(&self) -> bool {
+        false
+    }
+
     fn set_rows(&mut self, rows: Vec<RowChoice>) {
         self.graph = None;
         self.drawing = None;
