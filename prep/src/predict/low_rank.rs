@@ -1,30 +1,42 @@
-//! Gates of low rank, to compare with: a whitened singular value decomposition.
+//! Predictors of low rank: two thin matrices in f16, from a whitened singular value decomposition or imported.
 //!
-//! Of all matrices of rank r, this one has the least mean square error of the gate over a text (Eckart and Young, applied
-//! to the gates instead of the weights, which is what whitening by the inputs' covariance amounts to):
+//! Of all matrices of rank r, the decomposition has the least mean square error of the gate over a text (Eckart and Young,
+//! applied to the gates instead of the weights, which is what whitening by the inputs' covariance amounts to):
 //!
 //! ```text
 //! g ~ U (V x) + b        U (f, r): principal directions of the gates        V = U^T W_gate        b = mean g - U U^T mean g
 //! ```
 //!
 //! Source: SVDP, arXiv 2603.14110, which predicts with whitened factors of rank 256 and a bias for each row. The directions
-//! are found by subspace iteration from the gates of the first tokens.
+//! are found by subspace iteration from the gates of the first tokens. A bias is a part of a row's offset on the threshold.
 
+use half::f16;
 use kernels::{Cpu, Elements, Matrix};
 
 /// Iterations; the subspace turns by the ratio of singular values beyond and within it each time.
 const N_ITERATIONS: usize = 8;
 
-/// `U`, `V` and `b` of a layer.
+/// Where the factors of a predictor of low rank come from.
 #[derive(Clone, Debug)]
-pub(crate) struct LowRank {
-    rank: usize,
-    /// Transposed, `(rank, f)`.
-    u_t: Vec<f32>,
+pub(crate) enum LowRankSource {
+    /// The calibration text; without a rank, that of [`rank_of`].
+    Fitted { rank: Option<usize> },
+    /// Somebody's training: one for each layer.
+    Imported(Vec<Factors>),
+}
+
+/// The factors of a layer.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Factors {
+    pub(crate) rank: usize,
     /// `(rank, d)`.
-    v: Vec<f32>,
-    /// `(f,)`.
-    bias: Vec<f32>,
+    pub(crate) fc1: Vec<f16>,
+    /// `(f, rank)`.
+    pub(crate) fc2: Vec<f16>,
+    /// What is added to a score, `(f,)`.
+    pub(crate) bias: Vec<f32>,
+    /// Elements of the product with the first factor count as 0 where they are below zero.
+    pub(crate) relu: bool,
 }
 
 /// The rank that takes the share of a dense W_gate that rank 256 takes in a 7B Llama (4096 inputs, 11008 rows).
@@ -34,12 +46,12 @@ pub(crate) fn rank_of(n_rows: usize, n_cols: usize) -> usize {
     (rank.round() as usize).max(1)
 }
 
-impl LowRank {
-    /// From `gates (n_tokens, f)` of `w_gate`; of a lower rank where there are fewer tokens.
-    pub(crate) fn new(cpu: &Cpu, w_gate: &Matrix<'_>, gates: &[f32]) -> Self {
+impl Factors {
+    /// From `gates (n_tokens, f)` of `w_gate`; of a lower rank where there are fewer tokens, rows or columns.
+    pub(crate) fn fitted(cpu: &Cpu, w_gate: &Matrix<'_>, gates: &[f32], rank: usize) -> Self {
         let (f, d) = (w_gate.n_rows, w_gate.n_cols);
         let n_tokens = gates.len() / f;
-        let rank = rank_of(f, d).min(n_tokens);
+        let rank = rank.min(n_tokens).min(f).min(d);
         let mut mean = vec![0.0_f64; f];
         for gate in gates.chunks_exact(f) {
             mean.iter_mut().zip(gate).for_each(|(mean, &g)| *mean += f64::from(g) / n_tokens as f64);
@@ -64,20 +76,51 @@ impl LowRank {
             let along: f64 = u.iter().zip(&mean).map(|(&u, mean)| f64::from(u) * mean).sum();
             bias.iter_mut().zip(u).for_each(|(bias, &u)| *bias -= along * f64::from(u));
         }
-        Self { rank, u_t, v, bias: bias.into_iter().map(|bias| bias as f32).collect() }
+        let mut fc2 = vec![f16::ZERO; f * rank];
+        for (k, (u, v)) in u_t.chunks_exact(f).zip(v.chunks_exact_mut(d)).enumerate() {
+            let scale = balance(u, v);
+            v.iter_mut().for_each(|v| *v /= scale);
+            for (row, u) in u.iter().enumerate() {
+                fc2[row * rank + k] = f16::from_f32(u * scale);
+            }
+        }
+        Self {
+            rank,
+            fc1: v.iter().map(|&v| f16::from_f32(v)).collect(),
+            fc2,
+            bias: bias.into_iter().map(|bias| bias as f32).collect(),
+            relu: false,
+        }
     }
 
-    /// Gates as they are foretold, `(n_tokens, f)`, for `x (n_tokens, d)`.
-    pub(crate) fn gates(&self, cpu: &Cpu, n_tokens: usize, x: &[f32]) -> Vec<f32> {
-        let (d, f) = (self.v.len() / self.rank, self.bias.len());
-        let v = Matrix { data: Elements::F32(&self.v), n_rows: self.rank, n_cols: d };
-        let u_t = Matrix { data: Elements::F32(&self.u_t), n_rows: self.rank, n_cols: f };
-        let mut inner = vec![0.0; n_tokens * self.rank];
-        product(cpu.matmul(&v, n_tokens, x, &mut inner, false));
-        let mut gates: Vec<f32> = self.bias.iter().copied().cycle().take(n_tokens * f).collect();
-        product(cpu.matmul_t(&u_t, n_tokens, &inner, &mut gates, true));
-        gates
+    /// As kernels take them.
+    pub(crate) fn view(&self) -> kernels::LowRank<'_> {
+        let (rank, fc1, fc2) = (self.rank, Elements::F16(&self.fc1), Elements::F16(&self.fc2));
+        kernels::LowRank {
+            fc1: Matrix { data: fc1, n_rows: rank, n_cols: self.fc1.len() / rank },
+            fc2: Matrix { data: fc2, n_rows: self.bias.len(), n_cols: rank },
+            relu: self.relu,
+        }
     }
+
+    /// Scores, bias included, `(n_tokens, f)`, for `x (n_tokens, d)`.
+    pub(crate) fn scores(&self, cpu: &Cpu, n_tokens: usize, x: &[f32]) -> Vec<f32> {
+        let n_rows = self.bias.len();
+        let mut scores = vec![0.0; n_tokens * n_rows];
+        product(cpu.low_rank_scores(&self.view(), n_tokens, x, &mut scores));
+        for scores in scores.chunks_exact_mut(n_rows) {
+            scores.iter_mut().zip(&self.bias).for_each(|(score, bias)| *score += bias);
+        }
+        scores
+    }
+}
+
+/// A power of two that makes the largest elements of `u` times it and of `v` over it about the same, as f16 has few
+/// exponents.
+fn balance(u: &[f32], v: &[f32]) -> f32 {
+    let max = |values: &[f32]| values.iter().fold(0.0_f32, |max, v| max.max(v.abs()));
+    let exponent = (max(v) / max(u)).sqrt().log2().round();
+    if exponent.is_finite() { exponent.exp2() } else { 1.0 }
 }
 
 fn product(result: Result<(), kernels::ShapeError>) {
@@ -134,7 +177,7 @@ mod tests {
     #[test]
     fn gates_of_a_matrix_of_low_rank_are_exact() {
         let (f, d, n_tokens) = (96, 64, 40);
-        let rank = rank_of(f, d);
+        let rank = 5;
         let cpu = Cpu::new(1);
         let (left, right) = (noise(f * rank, 1), noise(rank * d, 2));
         let right = Matrix { data: Elements::F32(&right), n_rows: rank, n_cols: d };
@@ -144,9 +187,11 @@ mod tests {
         let x: Vec<f32> = noise(n_tokens * d, 3).iter().map(|v| v + 0.5).collect();
         let mut gates = vec![0.0; n_tokens * f];
         product(cpu.matmul(&w, n_tokens, &x, &mut gates, false));
-        let found = LowRank::new(&cpu, &w, &gates).gates(&cpu, n_tokens, &x);
+        let found = Factors::fitted(&cpu, &w, &gates, rank).scores(&cpu, n_tokens, &x);
+        // Up to the eleven bits of f16.
+        let largest = gates.iter().fold(0.0_f32, |max, g| max.max(g.abs()));
         for (found, gate) in found.iter().zip(&gates) {
-            assert!((found - gate).abs() < 1e-3, "{found} is not {gate}");
+            assert!((found - gate).abs() < 2e-3 * largest, "{found} is not {gate}");
         }
     }
 
@@ -162,7 +207,7 @@ mod tests {
         let (cpu, x) = (Cpu::new(1), noise(n_tokens * f, 5));
         let mut gates = vec![0.0; n_tokens * f];
         product(cpu.matmul(&w, n_tokens, &x, &mut gates, false));
-        let found = LowRank::new(&cpu, &w, &gates).gates(&cpu, n_tokens, &x);
+        let found = Factors::fitted(&cpu, &w, &gates, rank).scores(&cpu, n_tokens, &x);
         let rest: f64 = found.iter().zip(&gates).map(|(a, b)| f64::from(a - b).powi(2)).sum();
         let noise: f64 = gates
             .iter()
