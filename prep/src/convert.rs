@@ -598,6 +598,69 @@ mod tests {
         );
     }
 
+    /// What an import holds is in the file bit for bit, and provenance names what was read.
+    #[test]
+    fn imported_predictors_are_stored_as_they_are() {
+        use safetensors::{Dtype, tensor::TensorView};
+        let folder = tempfile::tempdir().expect("a scratch folder");
+        let import = folder.path().join("trained");
+        std::fs::create_dir(&import).expect("made");
+        let (d, f, rank) = (256, 704, 8);
+        let config = arch::read_config(&bundled()).expect("a Llama");
+        assert_eq!((config.hidden_size, config.intermediate_size), (d as u32, f as u32));
+        // Multiples of 1/64 without a pattern: f16 holds them.
+        let values = |n: usize, seed: usize| -> Vec<u8> {
+            let value = |i: usize| ((i * 7919 + seed * 104_729) % 127) as f32 / 64.0 - 1.0;
+            (0..n).flat_map(|i| value(i).to_le_bytes()).collect()
+        };
+        for layer in 0..8 {
+            let (fc1, fc2) = (values(rank * d, layer), values(f * rank, layer + 8));
+            let tensors = [("fc1.weight", vec![rank, d], &fc1), ("fc2.weight", vec![f, rank], &fc2)];
+            let views = tensors.map(|(name, shape, bytes)| {
+                (name, TensorView::new(Dtype::F32, shape, bytes).expect("shape fits"))
+            });
+            let path = import.join(format!("model_{layer}.safetensors"));
+            safetensors::serialize_to_file(views, None, &path).expect("written");
+        }
+        let out = folder.path().join("out.sinf");
+        for relu in [true, false] {
+            // Such predictors foretell nothing, and save bytes only where much may be missed.
+            let calibration = CalibrationOptions {
+                n_tokens: 700,
+                target: Target::MissedEnergy(0.5),
+                low_rank: LowRankOptions::Imported { folder: import.clone(), relu },
+                ..CalibrationOptions::DEFAULT.clone()
+            };
+            let options = ConvertOptions { force: true, ..options(Some(Predictor::Calibrated(calibration))) };
+            convert(&bundled(), &out, &options, &Progress::silent()).expect("converted");
+            let model = Model::open(&out).expect("valid");
+            let kind = if relu { PredictorKind::LowRankRelu } else { PredictorKind::LowRank };
+            let records = model.layout().predictors();
+            assert!(records.iter().any(|record| record.kind == kind), "{records:?}");
+            for (layer, record) in records.iter().enumerate().filter(|(_, record)| record.kind == kind) {
+                let factors = model.low_rank(layer).expect("stored");
+                assert_eq!(
+                    (factors.relu, factors.fc1.n_rows, record.missed_energy > 0.0),
+                    (relu, rank, true)
+                );
+                for (found, seed, n) in [(factors.fc1, layer, rank * d), (factors.fc2, layer + 8, f * rank)] {
+                    let wanted = values(n, seed);
+                    let is_same = wanted.as_chunks::<4>().0.iter().enumerate();
+                    let mut is_same = is_same.map(|(i, &v)| found.data.get(i) == f32::from_le_bytes(v));
+                    assert!(is_same.all(|same| same), "layer {layer}");
+                }
+            }
+            let provenance = model.layout().provenance(model.bytes()).expect("valid").expect("there");
+            let names: Vec<&str> = provenance.source_files.iter().map(|file| file.name.as_str()).collect();
+            assert!(names.contains(&"trained/model_7.safetensors") && names.is_sorted(), "{names:?}");
+            let activation = if relu { "relu" } else { "none" };
+            for option in [("predictor", "imported"), ("import-activation", activation)] {
+                let option = (option.0.to_owned(), option.1.to_owned());
+                assert!(provenance.options.contains(&option), "{:?}", provenance.options);
+            }
+        }
+    }
+
     #[test]
     fn exact_files_have_no_sign_words() {
         let folder = tempfile::tempdir().expect("a scratch folder");
