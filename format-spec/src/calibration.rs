@@ -41,11 +41,13 @@ pub enum PredictorKind {
     W3 = 6,
     /// As `LowRank`, with the negative elements of `fc1 x` at 0: the small networks of PowerInfer (arXiv 2312.12456).
     LowRankRelu = 7,
+    /// As `LowRank`, with the signs of what the factors leave of W_gate, times a scale for each row, added to the score.
+    LowRankSign = 8,
 }
 
 impl PredictorKind {
     /// Every kind, by code.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Off,
         Self::Sign,
         Self::SignPerRow,
@@ -54,6 +56,7 @@ impl PredictorKind {
         Self::W2,
         Self::W3,
         Self::LowRankRelu,
+        Self::LowRankSign,
     ];
 
     /// Lower-case name, as in messages and `prep inspect`.
@@ -67,6 +70,7 @@ impl PredictorKind {
             Self::W3 => "w3",
             Self::LowRank => "low_rank",
             Self::LowRankRelu => "low_rank_relu",
+            Self::LowRankSign => "low_rank_sign",
         }
     }
 
@@ -78,7 +82,8 @@ impl PredictorKind {
     /// Bits of an element of W_gate that a score is made of, signs included; 0 for the kinds without bits or score.
     pub fn n_planes(self) -> u32 {
         match self {
-            Self::Off | Self::Sign | Self::SignPerRow | Self::LowRank | Self::LowRankRelu => 0,
+            Self::Off | Self::Sign | Self::SignPerRow => 0,
+            Self::LowRank | Self::LowRankRelu | Self::LowRankSign => 0,
             Self::SignX8 => 1,
             Self::W2 => 2,
             Self::W3 => 3,
@@ -92,7 +97,12 @@ impl PredictorKind {
 
     /// True for the kinds whose score is made of two factors.
     pub fn has_factors(self) -> bool {
-        matches!(self, Self::LowRank | Self::LowRankRelu)
+        matches!(self, Self::LowRank | Self::LowRankRelu | Self::LowRankSign)
+    }
+
+    /// True for the kinds whose score has a part made of residual signs.
+    pub fn has_residual(self) -> bool {
+        self == Self::LowRankSign
     }
 }
 

@@ -493,7 +493,7 @@ pub enum FormatError {
         max: u32,
     },
     /// An offset per row is not finite.
-    #[error("{place}: the offset of row {row} is {found}, expected a finite number")]
+    #[error("{place}: the value of row {row} is {found}, expected a finite number")]
     GateOffset {
         /// Where.
         place: Place,
@@ -514,12 +514,12 @@ pub enum FormatError {
         /// Name of the predictor.
         kind: &'static str,
     },
-    /// A layer has a factor of low rank that its predictor does not read.
+    /// A layer has a part of a predictor of low rank that its own does not read.
     #[error("{} of layer {layer}: expected no such section for predictor {kind}", section.name())]
     GateFactors {
         /// The layer.
         layer: u32,
-        /// The factor.
+        /// The part.
         section: SectionKind,
         /// Name of the predictor.
         kind: &'static str,

@@ -149,7 +149,9 @@ pub(crate) fn check_presence(
         | SectionKind::GatePlanes
         | SectionKind::GateOffsets
         | SectionKind::GateFc1
-        | SectionKind::GateFc2 => false,
+        | SectionKind::GateFc2
+        | SectionKind::ResidualSigns
+        | SectionKind::ResidualScales => false,
         kind => kind.is_required(),
     };
     let (per_layer, whole): (Vec<_>, Vec<_>) =

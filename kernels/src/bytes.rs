@@ -41,7 +41,11 @@ pub fn predictor(rows: &Rows<'_>) -> u64 {
             size_of_val(planes.signs.words) + size_of_val(planes.low) + self::thresholds(thresholds)
         }
         Rows::LowRank { factors, thresholds } => {
-            return matrix(&factors.fc1) + matrix(&factors.fc2) + self::thresholds(thresholds) as u64;
+            let residual = factors
+                .residual
+                .map_or(0, |residual| size_of_val(residual.signs.words) + size_of_val(residual.scales));
+            let bytes = residual + self::thresholds(thresholds);
+            return matrix(&factors.fc1) + matrix(&factors.fc2) + bytes as u64;
         }
     };
     bytes as u64
@@ -68,7 +72,7 @@ fn rows(w: &Matrix<'_>, n_rows: usize) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{BitPlanes, Elements, LowRank, SignMatrix};
+    use crate::{BitPlanes, Elements, LowRank, Residual, SignMatrix};
 
     #[test]
     fn an_mlp_moves_the_rows_it_counts() {
@@ -94,9 +98,13 @@ mod tests {
         assert_eq!(predictor(&per_row), 28 + 3 * 56);
         let fc1 = Matrix { n_rows: 3, data: Elements::F16(&gate_bytes[..3 * 40]), ..gate };
         let fc2 = Matrix { data: Elements::F16(&gate_bytes[..7 * 3]), n_rows: 7, n_cols: 3 };
-        let factors = LowRank { fc1, fc2, relu: true };
+        let factors = LowRank { fc1, fc2, relu: true, residual: None };
         let low_rank = Rows::LowRank { factors, thresholds: Thresholds::PerRow(&[0.0; 7]) };
         assert_eq!(predictor(&low_rank), 2 * (3 * 40 + 7 * 3) + 28);
+        let residual = Some(Residual { signs, scales: &[0.0; 7] });
+        let with_signs = LowRank { residual, ..factors };
+        let with_signs = Rows::LowRank { factors: with_signs, thresholds: Thresholds::PerRow(&[0.0; 7]) };
+        assert_eq!(predictor(&with_signs), predictor(&low_rank) + 56 + 28);
         assert_eq!(mlp(&w, &low_rank, &counts), predictor(&low_rank) + 5 * 80 + 3 * (80 + 160));
         let found = MlpAudit { n_skipped: 2, n_missed: 1, ..MlpAudit::default() };
         assert_eq!(audit(&w, &found), 2 * 80 + 80 + 160);

@@ -4,7 +4,7 @@
 
 use crate::{
     Activation, AttentionShape, BitPlanes, Elements, Limits, LowRank, Matrix, MlpAudit, MlpCounts,
-    MlpWeights, Rows, SignMatrix, Thresholds, shape::DOT_CHAINS,
+    MlpWeights, Residual, Rows, SignMatrix, Thresholds, shape::DOT_CHAINS,
 };
 
 /// `sum_c w[row, c] * x[c]`.
@@ -172,12 +172,24 @@ pub fn ordered_dot(w: &Matrix<'_>, row: usize, x: &[f32]) -> f32 {
     sums[0]
 }
 
-/// `score = fc2 act(fc1 x)`, with act the identity or max(v, 0). Source: Deja Vu, arXiv 2310.17157, whose small networks
+/// `score = fc2 act(fc1 x)`, with act the identity or max(v, 0); with a residual, plus `(s (1 / scale)) e` for the score s of
+/// its signs with x in 8 bits and e the row's scale. Source: Deja Vu, arXiv 2310.17157, whose small networks
 /// have no activation, and PowerInfer, arXiv 2312.12456, whose have.
 pub fn low_rank_scores(factors: &LowRank<'_>, x: &[f32]) -> Vec<f32> {
     let act = |v: f32| if factors.relu && v < 0.0 { 0.0 } else { v };
     let inner: Vec<f32> = (0..factors.fc1.n_rows).map(|k| act(ordered_dot(&factors.fc1, k, x))).collect();
-    (0..factors.fc2.n_rows).map(|row| ordered_dot(&factors.fc2, row, &inner)).collect()
+    let mut scores: Vec<f32> =
+        (0..factors.fc2.n_rows).map(|row| ordered_dot(&factors.fc2, row, &inner)).collect();
+    if let Some(Residual { signs, scales }) = factors.residual {
+        let mut q = vec![0; x.len()];
+        let scale = quantise(x, &mut q);
+        let unit = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+        let planes = BitPlanes { signs, low: &[] };
+        for (row, (sum, weight)) in scores.iter_mut().zip(scales).enumerate() {
+            *sum += score(&planes, row, &q) as f32 * unit * weight;
+        }
+    }
+    scores
 }
 
 /// `skip[row]` iff `score(row) < threshold(row)`.

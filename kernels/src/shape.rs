@@ -152,7 +152,16 @@ impl Thresholds<'_> {
 /// Sums of a dot product of [`LowRank`]: as many as two of the widest vectors hold.
 pub const DOT_CHAINS: usize = 32;
 
-/// A predictor of low rank: `score = fc2 (fc1 x)`, of two thin matrices.
+/// What factors of low rank leave of a matrix, as signs and a scale for each row.
+#[derive(Clone, Copy, Debug)]
+pub struct Residual<'a> {
+    /// Its signs.
+    pub signs: SignMatrix<'a>,
+    /// What the elements of a row count, `(n_rows,)`.
+    pub scales: &'a [f32],
+}
+
+/// A predictor of low rank: `score = fc2 (fc1 x)`, of two thin matrices, and of what they leave out if there is a residual.
 #[derive(Clone, Copy, Debug)]
 pub struct LowRank<'a> {
     /// `(rank, n_cols)`.
@@ -161,6 +170,8 @@ pub struct LowRank<'a> {
     pub fc2: Matrix<'a>,
     /// Elements of `fc1 x` below zero count as 0.
     pub relu: bool,
+    /// Added to the score: the signs times x in 8 bits, times the row's scale.
+    pub residual: Option<Residual<'a>>,
 }
 
 /// Which rows of the MLP are read.

@@ -9,7 +9,7 @@ mod common;
 use common::{Random, TOLERANCE, Weights, magnitude, rows_of, sign_words};
 use kernels::{
     Activation, AttentionScratch, AttentionShape, BitPlanes, Cpu, Elements, Isa, Limits, LowRank, Matrix,
-    Matvec, MlpCounts, MlpScratch, MlpWeights, Rows, SignMatrix, Thresholds, reference,
+    Matvec, MlpCounts, MlpScratch, MlpWeights, Residual, Rows, SignMatrix, Thresholds, reference,
 };
 use proptest::prelude::*;
 use std::sync::LazyLock;
@@ -124,7 +124,11 @@ proptest! {
         let fc1 = Weights::new((kind + 1) % 3, &random.values(rank * n_cols));
         let fc2 = Weights::new((kind + 2) % 3, &random.values(n_rows * rank));
         let (fc1, fc2) = (fc1.matrix(rank, n_cols), fc2.matrix(n_rows, rank));
-        let low_rank = |thresholds| Rows::LowRank { factors: LowRank { fc1, fc2, relu: kind == 1 }, thresholds };
+        let residual = Residual { signs, scales: &thresholds };
+        let low_rank = |thresholds| {
+            let residual = (kind == 2).then_some(residual);
+            Rows::LowRank { factors: LowRank { fc1, fc2, relu: kind == 1, residual }, thresholds }
+        };
         let rows = match select {
             0..=4 => rows_of(select, signs, &per_row, n_cols),
             9 => low_rank(Thresholds::Layer(0.5)),
@@ -282,13 +286,18 @@ proptest! {
     #[test]
     fn scores_of_low_rank_are_the_reference_bit_for_bit(
         n_cols in any_width(), n_rows in 1..300usize, rank in 1..80usize, n_tokens in 1..4usize,
-        kind in 0..3usize, relu: bool, is_odd: bool, seed: u64,
+        kind in 0..3usize, relu: bool, has_residual: bool, is_odd: bool, seed: u64,
     ) {
         let mut random = Random::new(seed);
         let rank = rank.min(n_cols);
         let fc1 = Weights::new(kind, &random.values(rank * n_cols));
         let fc2 = Weights::new((kind + 1) % 3, &random.values(n_rows * rank));
-        let factors = LowRank { fc1: fc1.matrix(rank, n_cols), fc2: fc2.matrix(n_rows, rank), relu };
+        let (fc1, fc2) = (fc1.matrix(rank, n_cols), fc2.matrix(n_rows, rank));
+        let words = sign_words(&Weights::new(1, &random.values(n_rows * n_cols)).matrix(n_rows, n_cols));
+        let signs = SignMatrix { words: &words, n_rows, n_words: n_cols.div_ceil(32) };
+        let scales = random.values(n_rows);
+        let residual = has_residual.then_some(Residual { signs, scales: &scales });
+        let factors = LowRank { fc1, fc2, relu, residual };
         let mut x = random.values(n_tokens * n_cols);
         if is_odd {
             // In the last token alone: the others must not notice.
@@ -509,7 +518,7 @@ fn lengths_that_do_not_fit_are_errors() {
     let fc1 = Matrix { data: Elements::F32(&data[..6]), n_rows: 2, n_cols: 3 };
     let fc2 = Matrix { data: Elements::F32(&data[..8]), n_rows: 4, n_cols: 2 };
     let low_rank = |fc1, fc2| Rows::LowRank {
-        factors: LowRank { fc1, fc2, relu: false },
+        factors: LowRank { fc1, fc2, relu: false, residual: None },
         thresholds: Thresholds::Layer(0.0),
     };
     let rows = low_rank(fc1, Matrix { n_rows: 2, n_cols: 4, ..fc2 });
@@ -522,6 +531,15 @@ fn lengths_that_do_not_fit_are_errors() {
     let square = [0.0; 16];
     let rows = low_rank(high, Matrix { data: Elements::F32(&square), n_rows: 4, n_cols: 4 });
     assert_eq!(error(mlp(weights, rows, 4, &mut y)), "rank: expected 3, found 4");
+    let with_signs = |signs, scales| {
+        let factors = LowRank { fc1, fc2, relu: false, residual: Some(Residual { signs, scales }) };
+        Rows::LowRank { factors, thresholds: Thresholds::Layer(0.0) }
+    };
+    let fitting = SignMatrix { words: &[0; 4], n_rows: 4, n_words: 1 };
+    let rows = with_signs(SignMatrix { n_rows: 3, ..fitting }, &[0.0; 4]);
+    assert_eq!(error(mlp(weights, rows, 4, &mut y)), "rows of residual signs: expected 4, found 3");
+    let rows = with_signs(fitting, &[0.0; 3]);
+    assert_eq!(error(mlp(weights, rows, 4, &mut y)), "scales of a residual: expected 4, found 3");
     let audited = |sample: &[u32], y: &mut [f32]| {
         let (x, mut scratch) = ([0.0; 3], MlpScratch::new(4, 3));
         let found = cpu.mlp_audited(&weights, &Rows::All, Activation::Relu, &x, sample, &mut scratch, y);

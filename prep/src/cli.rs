@@ -57,7 +57,8 @@ pub struct ConvertArgs {
     pub dtype: DTypeName,
     /// Predictor of every layer [default: chosen for each; exact for silu]. sign: signs of weights and input
     /// (SparseInfer); sign-x8: signs of weights, input in 8 bits; w2, w3: weights in 2 or 3 bits; low-rank or
-    /// low-rank:RANK: two thin matrices (SVDP); exact: every gate row.
+    /// low-rank:RANK: two thin matrices (SVDP); low-rank-sign: thinner ones, and signs of what they leave out; exact:
+    /// every gate row.
     #[arg(long, value_name = "NAME", value_parser = PredictorName::parse)]
     pub predictor: Option<PredictorName>,
     /// Folder of trained predictors to take for every layer where they save bytes: fc1.weight and fc2.weight of layer N
@@ -118,14 +119,14 @@ pub struct EvalArgs {
     /// Most tokens of it; fewer where their dense logits take more than 256 MiB.
     #[arg(long, default_value_t = DEFAULT_EVAL_TOKENS, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub tokens: u32,
-    /// What to compare: dense, exact, stored (the file's own), auto (the best for each layer), sign, sign-x8, low-rank, w2, w3,
-    /// alpha=X (the rule of SparseInfer) [default: all, with seven alphas].
+    /// What to compare: dense, exact, stored (the file's own), auto (the best for each layer), sign, sign-x8, low-rank,
+    /// low-rank-sign, w2, w3, alpha=X (the rule of SparseInfer) [default: all, with seven alphas].
     #[arg(long, value_name = "NAME[,NAME...]", value_delimiter = ',', value_parser = Contender::parse)]
     pub predictors: Vec<Contender>,
     /// Most tokens of the built-in text that kinds are fitted on.
     #[arg(long, default_value_t = CalibrationOptions::DEFAULT.n_tokens, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub calibration_tokens: u32,
-    /// Rank of low-rank [default: in bytes the share of the gate that 256 has at 7B].
+    /// Rank of low-rank and low-rank-sign [default: in bytes the share of the gate that 256 has at 7B; a third of it].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub rank: Option<u32>,
     /// Threads; 0 takes one for each available core.

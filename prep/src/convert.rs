@@ -26,7 +26,7 @@ use crate::calibrate::{self, Calibration, CalibrationOptions, LowRankOptions, Ta
 use crate::checkpoint::{Checkpoint, hash_file};
 use crate::import::read_predictors;
 use crate::inspect::PredictorRow;
-use crate::predict::{Factors, Kind, LowRankSource};
+use crate::predict::{Factors, Kind, LowRankSource, Residual};
 use crate::stream::{BlockSizes, WeightStream};
 use crate::tokenizer::{FolderTokenizer, read_tokenizer};
 use crate::{PrepError, Progress};
@@ -431,6 +431,20 @@ fn write_factors(
             let bytes: Vec<u8> = halves.iter().flat_map(|half| half.to_le_bytes()).collect();
             writer.write(&bytes)?;
         }
+        let Some(Residual { signs, scales }) = &factors.residual else { continue };
+        let signs: Vec<u8> = signs.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let scales: Vec<u8> = scales.iter().flat_map(|scale| scale.to_le_bytes()).collect();
+        for (kind, bytes) in [(SectionKind::ResidualSigns, &signs), (SectionKind::ResidualScales, &scales)] {
+            writer.begin(SectionSpec {
+                kind,
+                layer: Some(layer),
+                dtype: kind.dtypes()[0],
+                shape: kind.expected_shape(config).expect("the shape of a model's own section"),
+                encoding: kind.encoding(),
+                required: kind.is_required(),
+            })?;
+            writer.write(bytes)?;
+        }
     }
     Ok(())
 }
@@ -563,11 +577,13 @@ mod tests {
         let folder = tempfile::tempdir().expect("a scratch folder");
         let out = folder.path().join("out.sinf");
         let mut files = Vec::new();
-        for n_threads in [1, 2] {
+        for (n_threads, kind) in
+            [(1, Kind::LowRank), (2, Kind::LowRank), (1, Kind::LowRankSign), (2, Kind::LowRankSign)]
+        {
             let calibration = CalibrationOptions {
                 n_tokens: 2560,
                 target: Target::MissedEnergy(0.01),
-                kind: Some(Kind::LowRank),
+                kind: Some(kind),
                 low_rank: LowRankOptions::Fitted { rank: Some(24) },
                 ..CalibrationOptions::DEFAULT.clone()
             };
@@ -575,21 +591,24 @@ mod tests {
             let options = ConvertOptions { force: true, n_threads, ..options(predictor) };
             convert(&bundled(), &out, &options, &Progress::silent()).expect("converted");
             files.push(std::fs::read(&out).expect("written"));
-        }
-        assert!(files[0] == files[1], "the number of threads changes the file");
-        let model = Model::open(&out).expect("valid");
-        let records = model.layout().predictors();
-        assert!(records.iter().any(|record| record.kind == PredictorKind::LowRank), "{records:?}");
-        for (layer, record) in records.iter().enumerate() {
-            let factors = model.low_rank(layer);
-            assert_eq!(factors.is_some(), record.kind == PredictorKind::LowRank);
-            if let Some(factors) = factors {
-                assert_eq!((factors.fc1.n_rows, factors.relu), (24, false));
-                assert!(model.gate_offsets(layer).is_some() && record.threshold.is_finite());
-                // On the half that was not fitted.
-                assert!(record.missed_energy <= 0.02 && record.rows_kept < 1.0, "{record:?}");
+            let model = Model::open(&out).expect("valid");
+            let records = model.layout().predictors();
+            let kind = kind.record_kind();
+            assert!(records.iter().any(|record| record.kind == kind), "{records:?}");
+            for (layer, record) in records.iter().enumerate() {
+                let factors = model.low_rank(layer);
+                assert_eq!(factors.is_some(), record.kind == kind);
+                if let Some(factors) = factors {
+                    assert_eq!((factors.fc1.n_rows, factors.relu), (24, false));
+                    assert_eq!(factors.residual.is_some(), kind.has_residual());
+                    assert!(model.gate_offsets(layer).is_some() && record.threshold.is_finite());
+                    // On the half that was not fitted.
+                    assert!(record.missed_energy <= 0.02 && record.rows_kept < 1.0, "{record:?}");
+                }
             }
         }
+        assert!(files[0] == files[1] && files[2] == files[3], "the number of threads changes the file");
+        let model = Model::open(&out).expect("valid");
         let provenance = model.layout().provenance(model.bytes()).expect("valid").expect("there");
         assert!(
             provenance.options.contains(&("rank".to_owned(), "24".to_owned())),

@@ -5,7 +5,7 @@
 //! exact         every gate row, up and down where active
 //! stored        the file's own records
 //! auto          the best kind for each layer, fitted on the built-in text for several budgets
-//! KIND          one kind for all layers (sign, sign-x8, low-rank, w2, w3), fitted likewise
+//! KIND          one kind for all layers (sign, sign-x8, low-rank, low-rank-sign, w2, w3), fitted likewise
 //! alpha=X       the rule of SparseInfer (arXiv 2411.12692) with one alpha
 //! ```
 //!
@@ -79,8 +79,8 @@ impl Contender {
                 let alpha = alpha.filter(|alpha: &f64| alpha.is_finite() && *alpha >= 0.0);
                 alpha.map(Self::Alpha).ok_or_else(|| {
                     format!(
-                        "expected dense, exact, stored, auto, sign, sign-x8, low-rank, w2, w3 or alpha=X with X \
-                         at least 0, found {name:?}"
+                        "expected dense, exact, stored, auto, sign, sign-x8, low-rank, low-rank-sign, w2, w3 or \
+                         alpha=X with X at least 0, found {name:?}"
                     )
                 })
             }

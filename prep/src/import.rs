@@ -120,7 +120,7 @@ pub(crate) fn read_predictors(
         let bias = read(layer, Part::Bias, &fits(vec![f]))?;
         let bias =
             bias.map_or_else(|| vec![0.0; f as usize], |bias| bias.into_iter().map(f16::to_f32).collect());
-        layers.push(Factors { rank, fc1, fc2, bias, relu });
+        layers.push(Factors { rank, fc1, fc2, bias, relu, residual: None });
     }
     let sources = files.iter().flat_map(Checkpoint::shards).map(|shard| hash_file(&shard.path));
     Ok((layers, sources.collect::<Result<_, _>>()?))

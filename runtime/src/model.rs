@@ -6,7 +6,7 @@ use std::path::Path;
 
 use format_spec::{DType, FormatError, Layout, ModelConfig, PredictorKind, Section, SectionKind};
 use half::{bf16, f16};
-use kernels::{BitPlanes, Elements, LowRank, Matrix, MlpWeights, SignMatrix};
+use kernels::{BitPlanes, Elements, LowRank, Matrix, MlpWeights, Residual, SignMatrix};
 use memmap2::Mmap;
 
 use crate::RuntimeError;
@@ -117,13 +117,17 @@ impl Model {
 
     /// Sign words of W_gate of `layer`, `(intermediate_size, ceil(hidden_size / 32))`.
     fn gate_signs(&self, layer: usize) -> Option<SignMatrix<'_>> {
-        let section = self.layout.find(SectionKind::GateSigns, Some(layer as u32))?;
+        self.layout.find(SectionKind::GateSigns, Some(layer as u32)).map(|section| self.sign_matrix(section))
+    }
+
+    /// The words of `section`, signs of a matrix of the shape of W_gate.
+    fn sign_matrix(&self, section: &Section) -> SignMatrix<'_> {
         let config = self.config();
-        Some(SignMatrix {
+        SignMatrix {
             words: bytemuck::cast_slice(section.bytes(&self.map)),
             n_rows: config.intermediate_size as usize,
             n_words: config.hidden_size.div_ceil(32) as usize,
-        })
+        }
     }
 
     /// Gate projection of `layer`, `(intermediate_size, hidden_size)`.
@@ -149,6 +153,10 @@ impl Model {
             fc1: self.matrix(SectionKind::GateFc1, Some(layer)),
             fc2: self.matrix(SectionKind::GateFc2, Some(layer)),
             relu: kind == PredictorKind::LowRankRelu,
+            residual: kind.has_residual().then(|| Residual {
+                signs: self.sign_matrix(self.section(SectionKind::ResidualSigns, Some(layer))),
+                scales: self.floats(SectionKind::ResidualScales, Some(layer)),
+            }),
         })
     }
 

@@ -627,7 +627,8 @@ fn stored_rows(model: &Model, layer: usize, budget: Option<f32>, alpha_scale: f6
         | PredictorKind::W2
         | PredictorKind::W3
         | PredictorKind::LowRank
-        | PredictorKind::LowRankRelu => {
+        | PredictorKind::LowRankRelu
+        | PredictorKind::LowRankSign => {
             let threshold = budget.unwrap_or(record.threshold);
             Some(match model.gate_offsets(layer) {
                 None => RowChoice::Threshold(threshold),

@@ -44,6 +44,7 @@ fn a_forced_kind_is_in_every_layer_where_it_saves_bytes() {
         ("sign", "sign"),
         ("sign-x8", "sign_x8"),
         ("low-rank:16", "low_rank"),
+        ("low-rank-sign:8", "low_rank_sign"),
         ("w2", "w2"),
         ("w3", "w3"),
     ] {

@@ -619,6 +619,30 @@ fn factors_that_do_not_fit() {
         "gate_fc1",
         "layer 1"
     );
+    let error = refused(&scored(PredictorKind::LowRank), |file| file.u32(kind_at(file), 8));
+    assert_refused!(
+        error,
+        FormatError::MissingSection { kind: SectionKind::ResidualSigns, .. },
+        "residual_signs",
+        "layer 1"
+    );
+    let bytes = scored(PredictorKind::LowRankSign);
+    let error = refused(&bytes, |file| file.u32(kind_at(file), 4));
+    assert_refused!(
+        error,
+        FormatError::GateFactors { section: SectionKind::ResidualSigns, .. },
+        "residual_signs of layer 1",
+        "low_rank"
+    );
+    let error = refused(&bytes, |file| {
+        let at = file.section(SectionKind::ResidualSigns, Some(1)) + 3 * 8 + 4;
+        file.u32(at, file.get_u32(at) | 1 << 4);
+    });
+    assert_refused!(error, FormatError::SignTail { row: 3, .. }, "(residual_signs, layer 1)", "column 36");
+    let error = refused(&bytes, |file| {
+        file.f32(file.section(SectionKind::ResidualScales, Some(1)) + 5 * 4, f32::NAN);
+    });
+    assert_refused!(error, FormatError::GateOffset { row: 5, .. }, "(residual_scales, layer 1)", "NaN");
     let mut sample = Sample::new(config(), DType::F16, 4);
     let fc2 = sample.weights.iter_mut().find(|(spec, _)| spec.kind == SectionKind::GateFc2).expect("there");
     fc2.0.shape = Shape::new(&[fc2.0.shape.dims()[0], 2]);

@@ -93,6 +93,13 @@ impl Sample {
                 let rank = 3.min(config.hidden_size);
                 weights.extend(factors(&config, layer, rank, &mut values));
             }
+            if kind.has_residual() {
+                let one = planes(&config, layer, 1, &mut values).1;
+                weights.push((spec(&config, SectionKind::ResidualSigns, Some(layer), DType::U32), one));
+                let scales = (0..config.intermediate_size).flat_map(|_| values.next().abs().to_le_bytes());
+                let spec = spec(&config, SectionKind::ResidualScales, Some(layer), DType::F32);
+                weights.push((spec, scales.collect()));
+            }
             if kind == PredictorKind::SignPerRow {
                 let limit = |row| (row * 7 + 1) % (config.hidden_size + 1);
                 let bytes = (0..config.intermediate_size).flat_map(|row| limit(row).to_le_bytes()).collect();
@@ -299,8 +306,8 @@ fn record(config: &ModelConfig, layer: u32, is_sparse: bool, seed: u64) -> Predi
         (false, _) => PredictorKind::Off,
         (true, false) => PredictorKind::Sign,
         (true, true) => {
-            use PredictorKind::{LowRank, LowRankRelu, SignPerRow, SignX8, W2, W3};
-            [W2, SignPerRow, W3, SignX8, LowRank, SignPerRow, W3, LowRankRelu][seed as usize % 8]
+            use PredictorKind::{LowRank, LowRankRelu, LowRankSign, SignPerRow, SignX8, W2, W3};
+            [W2, SignPerRow, W3, SignX8, LowRank, SignPerRow, LowRankSign, LowRankRelu][seed as usize % 8]
         }
     };
     let (limit, alpha) = match kind {

@@ -406,6 +406,9 @@ pub(super) fn mlp(
         Rows::Scored { .. } => quantised = scores::quantise(x, &mut scratch.q),
         Rows::LowRank { factors, .. } => {
             low_rank::product(isa, pool, &factors.fc1, 1, x, &mut scratch.inner, factors.relu);
+            if factors.residual.is_some() {
+                quantised = scores::quantise(x, &mut scratch.q);
+            }
         }
     }
     let args = GateUp {
@@ -691,7 +694,7 @@ unsafe fn keep<L: Signs + Scores>(args: &GateUp<'_>, row0: usize, rows: &mut [u3
                     })
                 }
                 Rows::LowRank { factors, thresholds } => {
-                    let scores = low_rank::scores::<L>(factors, row, n_group, args.inner);
+                    let scores = low_rank::scores::<L>(factors, row, n_group, args.inner, &args.quantised);
                     std::array::from_fn(|r| {
                         r < n_group && low_rank::is_kept(scores[r], thresholds.of(row + r))
                     })

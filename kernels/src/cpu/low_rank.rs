@@ -1,7 +1,8 @@
 //! Products of a predictor of low rank, whose sums have one order on all machines.
 //!
 //! Computes   y[r] = ordered_dot(w[r], x); with relu, 0 where that is below zero
-//! Reference  reference::ordered_dot; equal bit for bit, so that a score is on one side of a threshold everywhere
+//!            score[r] = y[r] + (s[r] * (1 / scale)) * scales[r], with a residual of scores s in 8 bits of x (scores.rs)
+//! Reference  reference::{ordered_dot, low_rank_scores}; equal bit for bit, so that a score is on one side of a threshold everywhere
 //! Shapes     w (n_rows, n_cols) row-major; x (n_cols,); y (n_rows,)
 //! Lanes      DOT_CHAINS sums, column c in sum c mod DOT_CHAINS; products are rounded before they are added, as not every
 //!            instruction set adds them in one step; then halves are added: sum j takes sum j + h, h = 16, 8, 4, 2, 1
@@ -14,9 +15,10 @@ use super::decode::{dispatch, with_elements};
 use super::lanes::{Avx2, Avx512};
 use super::lanes::{Element, LANES_MAX, Lanes, Portable, load_partial};
 use super::pool::{Pool, Shared};
+use super::scores::{self, Quantised, Scores};
 use super::signs::GROUP;
 use crate::shape::DOT_CHAINS;
-use crate::{LowRank, Matrix};
+use crate::{BitPlanes, LowRank, Matrix, Residual};
 
 /// Rows in a chunk.
 const ROWS: usize = 16;
@@ -93,17 +95,19 @@ unsafe fn rows_chunk<L: Lanes>(task: &Product<'_>, chunk: usize) {
     }
 }
 
-/// Scores of `n_rows <= GROUP` rows, the first of them row `row0`; `inner (rank,)` is the product with the first factor.
+/// Scores of `n_rows <= GROUP` rows, the first of them row `row0`; `inner (rank,)` is the product with the first factor, `x`
+/// the input for a residual.
 ///
 /// # Safety
-/// The rows lie in the second factor, which has as many columns as `inner` has elements; the processor has the
-/// instruction set of `L`.
+/// The rows lie in the second factor, which has as many columns as `inner` has elements, and in a residual, for whose
+/// columns `x` was quantised; the processor has the instruction set of `L`.
 #[inline(always)]
-pub(super) unsafe fn scores<L: Lanes>(
+pub(super) unsafe fn scores<L: Scores>(
     factors: &LowRank<'_>,
     row0: usize,
     n_rows: usize,
     inner: &[f32],
+    x: &Quantised<'_>,
 ) -> [f32; GROUP] {
     let rank = factors.fc2.n_cols;
     let mut scores = [0.0; GROUP];
@@ -111,8 +115,26 @@ pub(super) unsafe fn scores<L: Lanes>(
     unsafe {
         let scores = &mut scores[..n_rows];
         with_elements!(factors.fc2.data, w => dots::<L, _>(w.add(row0 * rank), rank, inner.as_ptr(), scores));
+        if let Some(Residual { signs, scales }) = factors.residual {
+            let sums = scores::scores::<L>(&BitPlanes { signs, low: &[] }, row0, n_rows, x);
+            for ((score, sum), scale) in scores.iter_mut().zip(sums).zip(&scales[row0..]) {
+                *score += residual_part(sum, unit(x.scale), *scale);
+            }
+        }
     }
     scores
+}
+
+/// What one step of the quantised input is: 0 where it has no scale.
+#[inline(always)]
+pub(super) fn unit(scale: f32) -> f32 {
+    if scale > 0.0 { 1.0 / scale } else { 0.0 }
+}
+
+/// What a residual adds to a score.
+#[inline(always)]
+pub(super) fn residual_part(sum: i32, unit: f32, scale: f32) -> f32 {
+    sum as f32 * unit * scale
 }
 
 /// True if a row of this score is computed. A score that is no number keeps it.

@@ -13,7 +13,7 @@ mod signs;
 use crate::shape::check;
 use crate::{
     Activation, AttentionShape, BitPlanes, Elements, Limits, LowRank, Matrix, Matvec, MlpAudit, MlpCounts,
-    MlpWeights, PLANES_MAX, Rows, ShapeError, SignMatrix, Thresholds,
+    MlpWeights, PLANES_MAX, Residual, Rows, ShapeError, SignMatrix, Thresholds,
 };
 
 /// Instruction set of the vector paths.
@@ -433,6 +433,14 @@ impl Cpu {
         let mut inner = vec![0.0; n_tokens * factors.fc1.n_rows];
         low_rank::product(self.isa, &self.pool, &factors.fc1, n_tokens, x, &mut inner, factors.relu);
         low_rank::product(self.isa, &self.pool, &factors.fc2, n_tokens, &inner, scores, false);
+        if let Some(Residual { signs, scales }) = factors.residual {
+            let (mut sums, mut x_scales) = (vec![0; scores.len()], vec![0.0; n_tokens]);
+            self.scores(&BitPlanes { signs, low: &[] }, n_tokens, x, &mut sums, &mut x_scales)?;
+            for (idx, (score, sum)) in scores.iter_mut().zip(sums).enumerate() {
+                let unit = low_rank::unit(x_scales[idx / scales.len()]);
+                *score += low_rank::residual_part(sum, unit, scales[idx % scales.len()]);
+            }
+        }
         Ok(())
     }
 
@@ -535,7 +543,12 @@ fn check_mlp(
 }
 
 fn check_low_rank(factors: &LowRank<'_>, n_rows: usize, n_cols: usize) -> Result<(), ShapeError> {
-    let LowRank { fc1, fc2, .. } = factors;
+    let LowRank { fc1, fc2, residual, .. } = factors;
+    if let Some(Residual { signs, scales }) = residual {
+        check("rows of residual signs", n_rows, signs.n_rows)?;
+        check_signs(signs, n_cols)?;
+        check("scales of a residual", n_rows, scales.len())?;
+    }
     check_matrix(fc1)?;
     check_matrix(fc2)?;
     check("columns of the first factor", n_cols, fc1.n_cols)?;

@@ -64,8 +64,14 @@ impl<'m> Fit<'m> {
                     }
                     for (layer, (sums, gates)) in observer.layers.iter_mut().zip(gates.layers).enumerate() {
                         let w_gate = model.w_gate(layer);
-                        let rank = rank.unwrap_or_else(|| rank_of(w_gate.n_rows, w_gate.n_cols));
-                        let factors = Factors::fitted(&observer.cpu, &w_gate, &gates, rank);
+                        let whole = rank_of(w_gate.n_rows, w_gate.n_cols);
+                        let has_residual = kind == Kind::LowRankSign;
+                        let default = if has_residual { whole.div_ceil(3) } else { whole };
+                        let rank = rank.unwrap_or(default);
+                        let mut factors = Factors::fitted(&observer.cpu, &w_gate, &gates, rank);
+                        if has_residual {
+                            factors = factors.with_residual(&observer.cpu, &w_gate);
+                        }
                         sums.factors.insert(kind, factors);
                         progress.check()?;
                     }

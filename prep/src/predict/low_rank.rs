@@ -9,12 +9,23 @@
 //!
 //! Source: SVDP, arXiv 2603.14110, which predicts with whitened factors of rank 256 and a bias for each row. The directions
 //! are found by subspace iteration from the gates of the first tokens. A bias is a part of a row's offset on the threshold.
+//!
+//! With a residual, what the factors leave of W_gate is stored too, as signs and the mean magnitude of each row, which are
+//! of all such pairs the ones with the least squares:
+//!
+//! ```text
+//! R = W_gate - U V        g ~ U (V x) + e_i sum_c sign(R_ic) x_c        e_i = mean |R_i|
+//! ```
 
 use half::f16;
-use kernels::{Cpu, Elements, Matrix};
+use kernels::{Cpu, Elements, Matrix, SignMatrix};
+
+use super::planes::copy_row;
 
 /// Iterations; the subspace turns by the ratio of singular values beyond and within it each time.
 const N_ITERATIONS: usize = 8;
+/// Rows of W_gate whose residual is computed at a time.
+const RESIDUAL_ROWS: usize = 64;
 
 /// Where the factors of a predictor of low rank come from.
 #[derive(Clone, Debug)]
@@ -37,6 +48,16 @@ pub(crate) struct Factors {
     pub(crate) bias: Vec<f32>,
     /// Elements of the product with the first factor count as 0 where they are below zero.
     pub(crate) relu: bool,
+    pub(crate) residual: Option<Residual>,
+}
+
+/// What the factors leave of W_gate.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Residual {
+    /// Sign words, `(f, ceil(d / 32))`.
+    pub(crate) signs: Vec<u32>,
+    /// Mean magnitudes of rows, `(f,)`.
+    pub(crate) scales: Vec<f32>,
 }
 
 /// The rank that takes the share of a dense W_gate that rank 256 takes in a 7B Llama (4096 inputs, 11008 rows).
@@ -90,7 +111,34 @@ impl Factors {
             fc2,
             bias: bias.into_iter().map(|bias| bias as f32).collect(),
             relu: false,
+            residual: None,
         }
+    }
+
+    /// With what they leave of `w_gate`.
+    pub(crate) fn with_residual(mut self, cpu: &Cpu, w_gate: &Matrix<'_>) -> Self {
+        let (f, d) = (w_gate.n_rows, w_gate.n_cols);
+        let n_words = d.div_ceil(32);
+        let mut residual = Residual { signs: vec![0; f * n_words], scales: vec![0.0; f] };
+        let mut rest = vec![0.0; RESIDUAL_ROWS * d];
+        let mut row = vec![0.0; d];
+        for row0 in (0..f).step_by(RESIDUAL_ROWS) {
+            let n_rows = RESIDUAL_ROWS.min(f - row0);
+            let fc2 = self.fc2[row0 * self.rank..][..n_rows * self.rank].iter();
+            let fc2: Vec<f32> = fc2.copied().map(f16::to_f32).collect();
+            let rest = &mut rest[..n_rows * d];
+            product(cpu.matmul_t(&self.view().fc1, n_rows, &fc2, rest, false));
+            for (idx, rest) in rest.chunks_exact_mut(d).enumerate() {
+                copy_row(&w_gate.data, (row0 + idx) * d, &mut row);
+                rest.iter_mut().zip(&row).for_each(|(rest, w)| *rest = w - *rest);
+                let sum: f64 = rest.iter().map(|&rest| f64::from(rest.abs())).sum();
+                residual.scales[row0 + idx] = (sum / d as f64) as f32;
+                let words = &mut residual.signs[(row0 + idx) * n_words..][..n_words];
+                kernels::reference::sign_pack(rest, words);
+            }
+        }
+        self.residual = Some(residual);
+        self
     }
 
     /// As kernels take them.
@@ -100,6 +148,10 @@ impl Factors {
             fc1: Matrix { data: fc1, n_rows: rank, n_cols: self.fc1.len() / rank },
             fc2: Matrix { data: fc2, n_rows: self.bias.len(), n_cols: rank },
             relu: self.relu,
+            residual: self.residual.as_ref().map(|Residual { signs, scales }| kernels::Residual {
+                signs: SignMatrix { words: signs, n_rows: scales.len(), n_words: signs.len() / scales.len() },
+                scales,
+            }),
         }
     }
 
@@ -193,6 +245,44 @@ mod tests {
         for (found, gate) in found.iter().zip(&gates) {
             assert!((found - gate).abs() < 2e-3 * largest, "{found} is not {gate}");
         }
+    }
+
+    /// Signs and scales of what is left make the gates of a matrix of full rank better foretold, and a residual of equal
+    /// magnitudes is exact but for the eight bits of x.
+    #[test]
+    fn a_residual_foretells_what_the_factors_leave() {
+        let (f, d, n_tokens) = (70, 45, 60);
+        let cpu = Cpu::new(1);
+        let (left, right) = (noise(f, 6), noise(d, 7));
+        let w: Vec<f32> = noise(f * d, 8)
+            .iter()
+            .enumerate()
+            .map(|(i, v)| 3.0 * left[i / d] * right[i % d] + if *v < 0.0 { -0.25 } else { 0.25 })
+            .collect();
+        let w = Matrix { data: Elements::F32(&w), n_rows: f, n_cols: d };
+        let x = noise(n_tokens * d, 9);
+        let mut gates = vec![0.0; n_tokens * f];
+        product(cpu.matmul(&w, n_tokens, &x, &mut gates, false));
+        let exact = Factors {
+            rank: 1,
+            fc1: right.iter().map(|&v| f16::from_f32(v)).collect(),
+            fc2: left.iter().map(|&v| f16::from_f32(3.0 * v)).collect(),
+            bias: vec![0.0; f],
+            relu: false,
+            residual: None,
+        };
+        let error = |factors: &Factors| -> f64 {
+            let scores = factors.scores(&cpu, n_tokens, &x);
+            scores.iter().zip(&gates).map(|(a, b)| f64::from(a - b).powi(2)).sum()
+        };
+        let energy: f64 = gates.iter().map(|&g| f64::from(g).powi(2)).sum();
+        let with = exact.clone().with_residual(&cpu, &w);
+        let residual = with.residual.as_ref().expect("made");
+        assert!(residual.scales.iter().all(|scale| (scale - 0.25).abs() < 2e-3), "{:?}", residual.scales);
+        assert!(error(&with) < 1e-3 * energy && error(&exact) > 0.05 * energy);
+        let fitted = Factors::fitted(&cpu, &w, &gates, 4);
+        let with = fitted.clone().with_residual(&cpu, &w);
+        assert!(error(&with) < 0.7 * error(&fitted), "{} and {}", error(&with), error(&fitted));
     }
 
     /// Directions of much energy come first: with noise on top, the rest is no larger than the noise.

@@ -196,7 +196,7 @@ impl MlpObserver for Observer<'_> {
                 of_rows = thresholds(setting.limit(), fit.offsets(layer, setting.kind));
                 Rows::Scored { planes: planes(), thresholds: Thresholds::PerRow(&of_rows) }
             }
-            Kind::LowRank | Kind::LowRankRelu => {
+            Kind::LowRank | Kind::LowRankRelu | Kind::LowRankSign => {
                 of_rows = thresholds(setting.limit(), fit.offsets(layer, setting.kind));
                 let factors = fit.factors(layer, setting.kind).expect("fitted, as a setting has it").view();
                 Rows::LowRank { factors, thresholds: Thresholds::PerRow(&of_rows) }

@@ -18,7 +18,7 @@ use format_spec::{PredictorKind, PredictorRecord};
 
 pub(crate) use fit::{Fit, LayerFit};
 pub(crate) use histogram::{Histogram, LimitEffect};
-pub(crate) use low_rank::{Factors, LowRankSource};
+pub(crate) use low_rank::{Factors, LowRankSource, Residual};
 pub(crate) use measure::{Masking, Measured, Reference, decoded, measure};
 pub(crate) use search::{LayerSetting, Search, Setting, budgets};
 
@@ -39,13 +39,16 @@ pub enum Kind {
     LowRank,
     /// As `LowRank` with a ReLU between the factors. Only an imported one is.
     LowRankRelu,
+    /// As `LowRank`, of a third of its rank, and signs of what that leaves times the input in 8 bits.
+    LowRankSign,
 }
 
 impl Kind {
     /// All that can be fitted, by what they read.
-    pub const ALL: [Self; 6] = [Self::Exact, Self::Sign, Self::SignX8, Self::LowRank, Self::W2, Self::W3];
-    /// Those that are worth a choice: `Sign` reads what `SignX8` reads, and foretells less; `LowRank` takes a pass and a
-    /// decomposition of its own, and keeps more rows for its bytes than `W2`.
+    pub const ALL: [Self; 7] =
+        [Self::Exact, Self::Sign, Self::SignX8, Self::LowRank, Self::LowRankSign, Self::W2, Self::W3];
+    /// Those that are worth a choice: `Sign` reads what `SignX8` reads, and foretells less; those of low rank take a
+    /// pass and a decomposition of their own, and read more bytes than `W2` does.
     pub const CHOICES: [Self; 4] = [Self::Exact, Self::SignX8, Self::W2, Self::W3];
 
     /// As on the command line.
@@ -58,6 +61,7 @@ impl Kind {
             Self::W3 => "w3",
             Self::LowRank => "low-rank",
             Self::LowRankRelu => "low-rank-relu",
+            Self::LowRankSign => "low-rank-sign",
         }
     }
 
@@ -71,6 +75,7 @@ impl Kind {
             Self::W3 => PredictorKind::W3,
             Self::LowRank => PredictorKind::LowRank,
             Self::LowRankRelu => PredictorKind::LowRankRelu,
+            Self::LowRankSign => PredictorKind::LowRankSign,
         }
     }
 
@@ -99,6 +104,7 @@ impl Kind {
             PredictorKind::W3 => Self::W3,
             PredictorKind::LowRank => Self::LowRank,
             PredictorKind::LowRankRelu => Self::LowRankRelu,
+            PredictorKind::LowRankSign => Self::LowRankSign,
         }
     }
 }
@@ -135,6 +141,8 @@ impl MlpBytes {
             Kind::LowRank | Kind::LowRankRelu => {
                 2.0 * rank as f64 * (self.n_rows + self.n_cols) + 4.0 * self.n_rows
             }
+            // Signs, and a scale for each row.
+            Kind::LowRankSign => self.predictor(Kind::LowRank, rank) + self.plane + 4.0 * self.n_rows,
         }
     }
 
