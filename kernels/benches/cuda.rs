@@ -1,12 +1,13 @@
 //! Times of the CUDA kernels, each alone and a whole token as one graph, at the shapes of models:
 //!
 //! ```sh
-//! cargo bench -p kernels --bench cuda -- 7b [--context 512] [--keep 0.2] [--ahead N]... [--overlap] [--verbose]
+//! cargo bench -p kernels --bench cuda -- 7b [--context 512] [--keep 0.2] [--predictor sign|sign-x8|w2|w3]...
+//!     [--ahead N]... [--overlap] [--verbose]
 //! ```
 //!
-//! Weights are random and each layer has its own, so that they come from memory, as in a text. Limits keep the asked
-//! share of gate rows; the activation's threshold is then set so that 11 % of all rows are active (or as many as are
-//! kept). Times are of the device, medians of `REPEATS` graph launches; bytes are the weights, sign words and cached
+//! Weights are random and each layer has its own, so that they come from memory, as in a text. Limits, or
+//! thresholds on scores, keep the asked share of gate rows; the activation's threshold is then set so that 11 % of all rows
+//! are active (or as many as are kept), for each predictor anew. Times are of the device, medians of `REPEATS` graph launches; bytes are the weights, sign words and cached
 //! positions that the token needs, each once.
 #![expect(clippy::print_stdout, reason = "the table is the program's result")]
 
@@ -15,11 +16,11 @@ use std::time::Instant;
 use half::f16;
 use kernels::cuda::{
     AttentionCall, AttentionScratch, Buffer, CudaError, DECODE_STEPS, DecodeCall, DecodeLayer, DecodeScratch,
-    Device, DeviceLimits, DeviceMatrix, DeviceRows, DownCall, DownScratch, Dtype, GateUpCall, MatvecCall,
-    QkvCall, SampleCall, View,
+    Device, DeviceLimits, DeviceMatrix, DevicePlanes, DeviceRows, DeviceThresholds, DownCall, DownScratch,
+    Dtype, GateUpCall, MatvecCall, PredictScoresCall, QkvCall, SampleCall, View,
 };
 use kernels::sample::Draw;
-use kernels::{Activation, AttentionShape};
+use kernels::{Activation, AttentionShape, PLANES_MAX};
 
 const REPEATS: usize = 20;
 const EPS: f32 = 1e-5;
@@ -85,7 +86,34 @@ const SHAPES: [Shape; 4] = [
 enum Mode {
     Dense,
     Exact,
-    Predicted,
+    Predicted(Predictor),
+}
+
+/// What predicts rows: bits of W_gate for each weight, with the signs of x or x in 8 bits.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Predictor {
+    Sign,
+    SignX8,
+    W2,
+    W3,
+}
+
+impl Predictor {
+    const ALL: [(&'static str, Self); 4] =
+        [("sign", Self::Sign), ("sign-x8", Self::SignX8), ("w2", Self::W2), ("w3", Self::W3)];
+
+    fn n_planes(self) -> usize {
+        match self {
+            Self::Sign | Self::SignX8 => 1,
+            Self::W2 => 2,
+            Self::W3 => 3,
+        }
+    }
+
+    /// Variance of an element of as many planes, all of its values as likely.
+    fn variance(self) -> f64 {
+        (4f64.powi(self.n_planes() as i32) - 1.0) / 3.0
+    }
 }
 
 /// One layer's weights in one buffer.
@@ -116,7 +144,10 @@ struct Bench {
     decode_scratch: DecodeScratch,
     layer_counts: Buffer,
     context: usize,
-    limit: u32,
+    /// Room for what the predictor alone finds.
+    scores: Buffer,
+    skip: Buffer,
+    keep: f64,
     threshold: f32,
 }
 
@@ -174,16 +205,21 @@ impl Bench {
         let weights = random.halves(offsets[7], 1.0 / d as f32);
         let n_words = d.div_ceil(32);
         let mut bytes: Vec<u8> = bytemuck::cast_slice(&weights).to_vec();
-        for row in weights[offsets[4]..offsets[5]].chunks_exact(d) {
-            for part in row.chunks(32) {
-                let word = part
-                    .iter()
-                    .enumerate()
-                    .fold(0u32, |word, (i, v)| word | u32::from(v.to_f32() < 0.0) << i);
-                bytes.extend(word.to_le_bytes());
+        // Uniform weights: signs, then above half of the largest, then the odd quarters; a bit of a negative is turned.
+        let largest = (3.0 / d as f32).sqrt();
+        let magnitude_bits: [fn(f32) -> bool; PLANES_MAX] =
+            [|_| false, |share| share < 0.5, |share| ((share * 4.0) as u32).is_multiple_of(2)];
+        for bit in magnitude_bits {
+            for row in weights[offsets[4]..offsets[5]].chunks_exact(d) {
+                for part in row.chunks(32) {
+                    let bits = part.iter().map(|v| v.to_f32());
+                    let bits = bits.map(|v| (v < 0.0) != bit((v.abs() / largest).min(0.999)));
+                    let word = bits.enumerate().fold(0, |word, (i, bit)| word | u32::from(bit) << i);
+                    bytes.extend(word.to_le_bytes());
+                }
             }
         }
-        assert_eq!(bytes.len(), offsets[7] * 2 + f * n_words * 4);
+        assert_eq!(bytes.len(), offsets[7] * 2 + PLANES_MAX * f * n_words * 4);
         let attention = AttentionShape {
             n_heads: shape.n_heads,
             n_kv_heads: shape.n_kv_heads,
@@ -203,8 +239,7 @@ impl Bench {
             .collect::<Result<_, CudaError>>()?;
         let floats = |n: usize| device.alloc(4 * n);
         let embedding = random.halves(shape.vocab_size * d, 1.0);
-        let spread = (d as f64).sqrt() / 2.0;
-        let mut bench = Self {
+        Ok(Self {
             layers,
             norm: device.upload(&vec![1.0f32; d])?,
             angles: device.upload(&vec![0.6f32; attention.n_positions_max * shape.head_dim / 2])?,
@@ -221,26 +256,26 @@ impl Bench {
             down_scratch: device.down_scratch(f, d)?,
             decode_scratch: device.decode_scratch(&attention, d, f, 2)?.expect("widths of models fit"),
             layer_counts: device.alloc(16 * shape.n_layers)?,
-            limit: (d as f64 / 2.0 + spread * normal_quantile(keep)).round() as u32,
+            scores: floats(f + 1)?,
+            skip: device.alloc(f)?,
+            keep,
             threshold: 0.0,
             device,
             shape,
             attention,
             context,
-        };
-        bench.set_threshold(keep)?;
-        Ok(bench)
+        })
     }
 
-    /// Bisects the threshold that leaves `ACTIVE_SHARE` of the first layer's rows.
-    fn set_threshold(&mut self, keep: f64) -> Result<(), CudaError> {
-        let wanted = (ACTIVE_SHARE.min(keep) * self.shape.f as f64) as u64;
+    /// Bisects the activation's threshold that leaves `ACTIVE_SHARE` of the first layer's rows.
+    fn set_threshold(&mut self, predictor: Predictor) -> Result<(), CudaError> {
+        let wanted = (ACTIVE_SHARE.min(self.keep) * self.shape.f as f64) as u64;
         let (mut low, mut high) = (0.0f32, 8.0f32);
         for _ in 0..12 {
             self.threshold = (low + high) / 2.0;
             self.device.write(self.counts.view(), &[0u64; 2])?;
             self.device.embed(&self.embedding()?, self.state.view(), self.x.view())?;
-            self.gate_up(0, Mode::Predicted)?;
+            self.gate_up(0, Mode::Predicted(predictor))?;
             let mut counts = [0u64; 2];
             self.device.read(self.counts.view(), &mut counts)?;
             if counts[1] > wanted { low = self.threshold } else { high = self.threshold }
@@ -265,18 +300,61 @@ impl Bench {
         DeviceMatrix::new(view, Dtype::F16, n_rows, n_cols)
     }
 
-    fn signs(&self, layer: usize) -> View<'_> {
-        let offset = self.shape.offsets()[7] * 2;
-        self.layers[layer].weights.view().slice(offset, self.shape.f * self.shape.d.div_ceil(32) * 4)
+    /// Bytes of a plane of W_gate.
+    fn plane_bytes(&self) -> usize {
+        self.shape.f * self.shape.d.div_ceil(32) * 4
+    }
+
+    fn planes(&self, layer: usize, predictor: Predictor) -> DevicePlanes<'_> {
+        let (weights, offset) = (self.layers[layer].weights.view(), self.shape.offsets()[7] * 2);
+        let (n_low, n_bytes) = (predictor.n_planes() - 1, self.plane_bytes());
+        DevicePlanes {
+            signs: weights.slice(offset, n_bytes),
+            low: (n_low > 0).then(|| weights.slice(offset + n_bytes, n_low * n_bytes)),
+        }
+    }
+
+    /// The limit that keeps the asked share of rows: disagreements of signs are d coins.
+    fn limits(&self) -> DeviceLimits<'static> {
+        let d = self.shape.d as f64;
+        DeviceLimits::Layer((d / 2.0 + d.sqrt() / 2.0 * normal_quantile(self.keep)).round() as u32)
+    }
+
+    /// The same for scores, of a normalised input with elements as `predictor` has them.
+    fn thresholds(&self, predictor: Predictor) -> DeviceThresholds<'static> {
+        let deviation = (self.shape.d as f64 * predictor.variance()).sqrt();
+        DeviceThresholds::Layer((deviation * normal_quantile(1.0 - self.keep)) as f32)
+    }
+
+    /// The predictor alone, on whatever the residual stream holds.
+    fn predict(&self, layer: usize, predictor: Predictor) -> Result<(), CudaError> {
+        let planes = self.planes(layer, predictor);
+        if predictor == Predictor::Sign {
+            return self.device.predict(planes.signs, self.limits(), self.x.view(), self.skip.view());
+        }
+        let f_bytes = self.shape.f * 4;
+        self.device.predict_scores(&PredictScoresCall {
+            planes,
+            thresholds: self.thresholds(predictor),
+            x: self.x.view(),
+            scores: self.scores.view().slice(0, f_bytes),
+            scale: self.scores.view().slice(f_bytes, 4),
+            skip: self.skip.view(),
+        })
     }
 
     fn rows_of(&self, layer: usize, mode: Mode) -> DeviceRows<'_> {
         match mode {
             Mode::Dense => DeviceRows::All,
             Mode::Exact => DeviceRows::Active,
-            Mode::Predicted => {
-                DeviceRows::Predicted { signs: self.signs(layer), limits: DeviceLimits::Layer(self.limit) }
-            }
+            Mode::Predicted(Predictor::Sign) => DeviceRows::Predicted {
+                signs: self.planes(layer, Predictor::Sign).signs,
+                limits: self.limits(),
+            },
+            Mode::Predicted(predictor) => DeviceRows::Scored {
+                planes: self.planes(layer, predictor),
+                thresholds: self.thresholds(predictor),
+            },
         }
     }
 
@@ -504,7 +582,7 @@ impl Bench {
         Ok(())
     }
 
-    fn report(&self, keep: f64, gb_per_s: f64, verbose: bool) -> Result<(), CudaError> {
+    fn report(&mut self, predictors: &[Predictor], gb_per_s: f64, verbose: bool) -> Result<(), CudaError> {
         let Shape { d, f, n_layers, n_heads, n_kv_heads, head_dim, vocab_size, .. } = self.shape;
         let (q, kv) = ((n_heads * head_dim) as f64, (n_kv_heads * head_dim) as f64);
         let (row, layers) = (d as f64 * 2.0, n_layers as f64);
@@ -519,11 +597,11 @@ impl Bench {
                 100.0 * rate / gb_per_s
             );
         };
-        let each = |launch: &dyn Fn(usize) -> Result<(), CudaError>| {
-            self.time_us(|| (0..n_layers).try_for_each(launch))
-        };
         let kv_bytes = 2.0 * kv * 2.0 * (self.context + 1) as f64;
         if verbose {
+            let each = |launch: &dyn Fn(usize) -> Result<(), CudaError>| {
+                self.time_us(|| (0..n_layers).try_for_each(launch))
+            };
             line("qkv", each(&|layer| self.qkv(layer))?, layers, (q + 2.0 * kv) * row);
             line("attention", each(&|layer| self.attend(layer))?, layers, kv_bytes);
             line("output", each(&|layer| self.output(layer))?, layers, q * row);
@@ -532,11 +610,28 @@ impl Bench {
             line("greedy", self.time_us(greedy)?, 1.0, vocab_size as f64 * 4.0);
             self.report_sampling(line)?;
         }
-        for mode in [Mode::Dense, Mode::Exact, Mode::Predicted] {
+        self.set_threshold(predictors[0])?;
+        let predicted = predictors.iter().map(|&predictor| Mode::Predicted(predictor));
+        for mode in [Mode::Dense, Mode::Exact].into_iter().chain(predicted) {
+            let mut signs = 0.0;
+            if let Mode::Predicted(predictor) = mode {
+                self.set_threshold(predictor)?;
+                signs = (predictor.n_planes() * self.plane_bytes()) as f64;
+            }
+            let each = |launch: &dyn Fn(usize) -> Result<(), CudaError>| {
+                self.time_us(|| (0..n_layers).try_for_each(launch))
+            };
             let [n_kept, n_active] = self.rows(mode)?;
-            let signs = if mode == Mode::Predicted { (f * d.div_ceil(32) * 4) as f64 } else { 0.0 };
             let [n_up, n_down] = if mode == Mode::Dense { [f as f64; 2] } else { [n_active; 2] };
             if verbose {
+                if let Mode::Predicted(predictor) = mode {
+                    line(
+                        &format!("predictor {predictor:?} alone"),
+                        each(&|layer| self.predict(layer, predictor))?,
+                        layers,
+                        signs,
+                    );
+                }
                 let bytes = signs + (n_kept + n_up) * row;
                 self.rows(mode)?;
                 line(&format!("gate_up {mode:?}"), each(&|layer| self.gate_up(layer, mode))?, layers, bytes);
@@ -553,8 +648,9 @@ impl Bench {
                 self.report_steps(mode, decode[0])?;
             }
             println!(
-                "  {} {mode:?} keep {keep}: {:.1} and {:.1} tok/s, rows kept {:.1} %, active {:.1} %, logits differ by {:.1e}",
+                "  {} {mode:?} keep {}: {:.1} and {:.1} tok/s, rows kept {:.1} %, active {:.1} %, logits differ by {:.1e}",
                 self.shape.name,
+                self.keep,
                 1e6 / graph[0],
                 1e6 / decode[0],
                 100.0 * n_kept / f as f64,
@@ -594,6 +690,14 @@ fn main() -> Result<(), CudaError> {
     let shape = SHAPES.iter().find(|shape| args.iter().any(|arg| arg == shape.name)).unwrap_or(&SHAPES[0]);
     let context = values("--context").last().map_or(512, |&value| value as usize);
     let keeps = Some(values("--keep")).filter(|keeps| !keeps.is_empty()).unwrap_or_else(|| vec![0.2]);
+    let named = args.windows(2).filter(|pair| pair[0] == "--predictor").map(|pair| {
+        let known = Predictor::ALL.into_iter().find(|(name, _)| *name == pair[1]);
+        known.unwrap_or_else(|| panic!("--predictor takes sign, sign-x8, w2 or w3, not {}", pair[1])).1
+    });
+    let mut predictors: Vec<Predictor> = named.collect();
+    if predictors.is_empty() {
+        predictors.push(Predictor::Sign);
+    }
     let verbose = args.iter().any(|arg| arg == "--verbose");
     let mut device = Device::open(0)?;
     if args.iter().any(|arg| arg == "--overlap") {
@@ -606,16 +710,14 @@ fn main() -> Result<(), CudaError> {
     println!("{} at context {context}, set up in {:.1?}", shape.name, started.elapsed());
     let aheads = Some(values("--ahead")).filter(|aheads| !aheads.is_empty());
     for &keep in &keeps {
-        let spread = (shape.d as f64).sqrt() / 2.0;
-        bench.limit = (shape.d as f64 / 2.0 + spread * normal_quantile(keep)).round() as u32;
-        bench.set_threshold(keep)?;
+        bench.keep = keep;
         match &aheads {
-            None => bench.report(keep, gb_per_s, verbose)?,
+            None => bench.report(&predictors, gb_per_s, verbose)?,
             Some(aheads) => {
                 for &ahead in aheads {
                     println!("ahead {ahead}");
                     bench.device = bench.device.with_ahead(ahead as usize);
-                    bench.report(keep, gb_per_s, verbose)?;
+                    bench.report(&predictors, gb_per_s, verbose)?;
                 }
             }
         }

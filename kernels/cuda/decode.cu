@@ -14,7 +14,9 @@
 // Warp       one segment of the rows of its group; the segment of the vector lies in registers. The ring is the warp's
 //            own: cp.async brings its next items, in the order of the model and across phases, so that while the block
 //            waits at a barrier, attends or chases active rows, the weights of the next dense phase arrive
-// Bytes      weights, sign words and cached positions that the token needs, each once
+//            A predictor's planes come through the ring as well, plane after plane of the same rows, and its counts are
+//            the one-bit products of scores.cuh
+// Bytes      weights, sign words or planes and cached positions that the token needs, each once
 // Order      the work of each block, warp and lane is fixed by the shapes, the position and h; queues move work between
 //            warps, never a sum: repeatable bit for bit
 // Measured   H100 80GB, sm_90, f16, context 512, 7B shape: dense 5.35 ms a token, 2521 GB/s, 82 % of the read
@@ -23,7 +25,7 @@
 //            leave others empty (7B dense: 6.5 ms a token against 5.8 without). Asking L2 for rows ahead
 //            (cp.async.bulk.prefetch.L2): 2 to 40 % slower than plain loads
 
-#include "common.cuh"
+#include "scores.cuh"
 
 // Few warps with many registers: they hold a segment of the vector beside the loads in flight.
 constexpr int DECODE_WARPS = 8;
@@ -65,13 +67,15 @@ struct DecodeLayer {
     const void* w_up;
     const void* w_down_t;
     const uint32_t* signs;
-    const uint32_t* limits;
+    const uint32_t* low;     // planes below the signs
+    const uint32_t* limits;  // of a score as bits of f32
     const float* attn_norm;
     const float* mlp_norm;
     void* keys;
     void* values;
     uint32_t limit;
-    uint32_t rows;  // Rows of gate_up.cu
+    uint32_t rows;      // Rows of gate_up.cu
+    uint32_t n_planes;  // of W_gate, where rows are predicted by their score; 0 where by their signs
 };
 
 struct DecodeArgs {
@@ -187,8 +191,10 @@ struct Decoder {
     __device__ __forceinline__ uint32_t* x_signs() const {
         return reinterpret_cast<uint32_t*>(active() + a.list_rows);
     }
+    // The planes of vec in 8 bits, where rows are predicted by their score.
+    __device__ __forceinline__ uint32_t* x_planes() const { return x_signs(); }
     __device__ __forceinline__ const uint4* ring() const {
-        const uint32_t* rings = x_signs() + (n_words() + 3) / 4 * 4;
+        const uint32_t* rings = x_planes() + x_planes_words(n_words());
         return reinterpret_cast<const uint4*>(rings) + warp_id() * a.n_slots * (a.slot_bytes / 16);
     }
     __device__ __forceinline__ static float* scratch() {
@@ -320,7 +326,11 @@ struct Decoder {
             const ItemCut& cut = next_phase == OUT ? a.cut_q : a.cut_d;
             const int seg_bits = signs ? 0 : cut.seg_bits;
             const int n_groups = DECODE_WARPS >> seg_bits;
-            const int i = (warp_id() >> seg_bits) + next_item * n_groups;
+            // Planes of the same rows come one after the other.
+            const int n_planes = signs ? max(1, a.layers[next_layer].n_planes) : 1;
+            const int round = n_planes == 1 ? next_item : next_item / n_planes;
+            const int plane = next_item - round * n_planes;
+            const int i = (warp_id() >> seg_bits) + round * n_groups;
             const int n = n_items(next_layer, next_phase);
             if (i < n) {
                 const DecodeLayer& w = a.layers[next_layer];
@@ -329,12 +339,18 @@ struct Decoder {
                 if (signs) {
                     const int row_bytes = n_words() * 4;
                     const int n_rows = min(sign_rows(), share(MLP).count - i * sign_rows());
-                    from = reinterpret_cast<const char*>(w.signs) +
+                    from = reinterpret_cast<const char*>(plane == 0 ? w.signs : w.low) +
                            static_cast<int64_t>(share(MLP).begin + i * sign_rows()) * row_bytes;
-                    run_step = n_groups * sign_rows() * row_bytes;
                     run_granules = n_rows * row_bytes / 16;
-                    // The last item may be short.
-                    run_left = run_left > 1 ? run_left - 1 : 1;
+                    if (n_planes == 1) {
+                        run_step = n_groups * sign_rows() * row_bytes;
+                        // The last item may be short.
+                        run_left = run_left > 1 ? run_left - 1 : 1;
+                    } else {
+                        // The signs, or all planes below them.
+                        run_step = a.n_rows * row_bytes;
+                        run_left = plane == 0 ? 1 : n_planes - 1;
+                    }
                 } else {
                     const int row_bytes = cut.n_cols * sizeof(T);
                     const T* row;
@@ -955,6 +971,65 @@ struct Decoder {
         __syncthreads();
     }
 
+    // kept += the rows of lanes that keep theirs.
+    __device__ __forceinline__ void keep_rows(bool keep, int row, int* n_kept) const {
+        const uint32_t found = __ballot_sync(0xffffffffu, keep);
+        int at = 0;
+        if (lane_id() == 0) {
+            at = atomicAdd(n_kept, __popc(found));
+        }
+        at = __shfl_sync(0xffffffffu, at, 0);
+        if (keep) {
+            kept()[at + __popc(found & ((1u << lane_id()) - 1))] = row;
+        }
+    }
+
+    // vec in 8 bits to x_planes; returns its scale. Ends past a barrier of the block.
+    __device__ __forceinline__ float quantise_vec() const {
+        const float scale = quantise(n_words(), x_planes(), reinterpret_cast<uint32_t*>(scratch()), [&](int col) {
+            return col < a.cut_d.n_cols ? *reinterpret_cast<const float4*>(vec() + col)
+                                        : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        });
+        __syncthreads();
+        return scale;
+    }
+
+    // kept = the block's rows whose score passes the threshold; x_scale is that of x_planes.
+    __device__ __forceinline__ void predict_scores(const DecodeLayer& w, int n, float x_scale, int* n_kept) {
+        const int begin = share(MLP).begin;
+        const bool ringed = a.sign_rows > 0;
+        const int per_item = ringed ? a.sign_rows : SCORE_ROWS;
+        const int words = n_words();
+#pragma unroll 1
+        for (int item = warp_id(); item * per_item < n; item += DECODE_WARPS) {
+            const int first = item * per_item;
+            const int n_rows = min(per_item, n - first);
+            // Four lanes share a row; the last row stands in for those that are not there.
+            const int i = min(lane_id() / 4, n_rows - 1);
+            int score;
+            if (ringed) {
+                ScoreCounts counts;
+#pragma unroll 1
+                for (uint32_t plane = 0; plane < w.n_planes; plane++) {
+                    const uint4* row = arrived() + i * (words / 4);
+                    counts.add_plane(words, x_planes(), [&](int word) { return row[word / 4]; });
+                    __syncwarp();
+                    ask();
+                }
+                score = counts.score();
+            } else {
+                const BitRows rows = {w.signs, w.low, static_cast<int>(w.n_planes), a.n_rows, words};
+                score = rows.score(begin + first + i, x_planes());
+            }
+            bool keep = lane_id() % 4 == 0 && lane_id() / 4 < n_rows;
+            if (keep) {
+                const uint32_t threshold = w.limits == nullptr ? w.limit : __ldg(w.limits + begin + first + i);
+                keep = is_kept(score, __uint_as_float(threshold), x_scale);
+            }
+            keep_rows(keep, first + i, n_kept);
+        }
+    }
+
     // kept = the block's rows whose signs pass the limit. A warp counts eight rows side by side; its lanes hold words.
     __device__ __forceinline__ void predict(const DecodeLayer& w, int n, int* n_kept) {
         const int begin = share(MLP).begin;
@@ -987,15 +1062,7 @@ struct Decoder {
             if (keep) {
                 keep = mine <= (w.limits == nullptr ? w.limit : __ldg(w.limits + begin + row));
             }
-            const uint32_t found = __ballot_sync(0xffffffffu, keep);
-            int at = 0;
-            if (lane_id() == 0) {
-                at = atomicAdd(n_kept, __popc(found));
-            }
-            at = __shfl_sync(0xffffffffu, at, 0);
-            if (keep) {
-                kept()[at + __popc(found & ((1u << lane_id()) - 1))] = row;
-            }
+            keep_rows(keep, row, n_kept);
             if (ringed) {
                 __syncwarp();
                 ask();
@@ -1300,10 +1367,16 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
             m.normalise(norm, layer == 0 && phase == QKV, token, n_parts, phase == QKV);
             m.mark(phase == QKV ? NORM_QKV : phase == MLP ? NORM_MLP : NORM_HEAD);
         }
-        const typename Decoder<T>::Segment s = m.segment_of(cut);
         const bool predicted = phase == MLP && w.rows == PREDICTED;
+        const bool scored = predicted && w.n_planes > 0;
+        const float x_scale = scored ? m.quantise_vec() : 0.0f;
+        const typename Decoder<T>::Segment s = m.segment_of(cut);
         if (predicted) {
-            m.predict(w, m.share(MLP).count, &n_kept);
+            if (scored) {
+                m.predict_scores(w, m.share(MLP).count, x_scale, &n_kept);
+            } else {
+                m.predict(w, m.share(MLP).count, &n_kept);
+            }
             __syncthreads();
             m.mark(PREDICT);
         }

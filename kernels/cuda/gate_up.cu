@@ -1,23 +1,25 @@
 // gate_up: gate and up projections of one token, predicted-zero rows left out.
 //
-// Computes   n = rmsnorm(x);  skip(i) = n_neg(i) > limit(i), n_neg(i) = popcount(signs[i] ^ sign(n));
+// Computes   n = rmsnorm(x);  skip(i) = n_neg(i) > limit(i), n_neg(i) = popcount(signs[i] ^ sign(n)),
+//            or, with n_planes, skip(i) = score(i) < limit(i) * scale as in scores.cuh;
 //            h[i] = skip(i) ? 0 : act(w_gate[i] . n) * (w_up[i] . n)
 // Source     SparseInfer, arXiv 2411.12692, section 3
 // Reference  reference::gate_up; skip equal bit for bit, h within TOLERANCE (sum order)
 // Shapes     x, norm (n_cols,) f32; w_gate, w_up (n_rows, n_cols) row-major; signs (n_rows, n_words) u32;
-//            limits (n_rows,) u32 or null for one limit; h (n_rows,) f32; counts (2,) u64: rows kept, rows active
+//            low (n_planes - 1, n_rows, n_words) u32; limits (n_rows,) u32 or null for one limit, f32 for scores; h (n_rows,) f32; counts (2,) u64: rows kept, rows active
 // Needs      any n_cols (16-byte loads where rows are multiples of 16 bytes); checked in cuda::launch
 // Grid       about one block for each SM; a block takes a contiguous run of rows from the predictor to h, so nothing
 //            between the two leaves the SM
-// Block      512 threads; shared memory: n by slot, its sign words, a queue of kept and of active rows, one float for
+// Block      512 threads; shared memory: n by slot, its sign words or planes, a queue of kept and of active rows, one float for
 //            each segment of its rows
-// Warp       predictor: one row of sign words; products: one segment of one queued row at a time
-// Bytes      ALL: 2 n_rows * n_cols * sizeof(T). ACTIVE: n_rows + n_active rows. PREDICTED: n_rows * n_words * 4, and
-//            n_kept + n_active rows. An up row is read only where the gate's activation is not zero
+// Warp       predictor: one row of sign words, or SCORE_ROWS rows of all planes; products: one segment of one queued row at a time
+// Bytes      ALL: 2 n_rows * n_cols * sizeof(T). ACTIVE: n_rows + n_active rows. PREDICTED: n_rows * n_words * 4 for each
+//            plane, and n_kept + n_active rows. An up row is read only where the gate's activation is not zero
 // Order      rows enter a queue in the order warps find them, which moves work between warps, never a sum: each h[i] is
 //            one fixed sequence of additions. Integer atomics alone: repeatable bit for bit
 
 #include "dot.cuh"
+#include "scores.cuh"
 
 struct GateUpArgs {
     RowCut cut;
@@ -26,6 +28,7 @@ struct GateUpArgs {
     const float* x;
     const float* norm;
     const uint32_t* signs;
+    const uint32_t* low;
     const uint32_t* limits;
     float* h;
     unsigned long long* counts;
@@ -33,6 +36,7 @@ struct GateUpArgs {
     int32_t n_words;
     uint32_t limit;
     uint32_t rows;
+    uint32_t n_planes;  // 0 where signs alone predict
     uint32_t activation;
     float threshold;
     float eps;
@@ -64,7 +68,7 @@ __device__ __forceinline__ void gate_up(const GateUpArgs& a) {
     __shared__ int n_active;
     float* slots = reinterpret_cast<float*>(shared);
     uint32_t* signs = reinterpret_cast<uint32_t*>(slots + n_slots<T>(a.cut));
-    float* h = reinterpret_cast<float*>(signs + n_slots<T>(a.cut) / WARP);
+    float* h = reinterpret_cast<float*>(signs + (a.n_planes > 0 ? x_planes_words(a.n_words) : n_slots<T>(a.cut) / WARP));
     int* kept = reinterpret_cast<int*>(h + a.n_rows_max);
     int* active = kept + a.n_rows_max;
     float* partials = reinterpret_cast<float*>(active + a.n_rows_max);
@@ -74,6 +78,8 @@ __device__ __forceinline__ void gate_up(const GateUpArgs& a) {
     const T* w_gate = static_cast<const T*>(a.w_gate) + static_cast<int64_t>(begin) * a.cut.n_cols;
     const T* w_up = static_cast<const T*>(a.w_up) + static_cast<int64_t>(begin) * a.cut.n_cols;
     const uint32_t* row_signs = a.signs + static_cast<int64_t>(begin) * a.n_words;
+
+    const BitRows bits = {a.signs, a.low, static_cast<int>(a.n_planes), a.n_rows, a.n_words};
 
     const auto gate_row = [&](int i) { return w_gate + static_cast<int64_t>(i) * a.cut.n_cols; };
     // Gate and up rows in turn, for the dense pass.
@@ -89,6 +95,9 @@ __device__ __forceinline__ void gate_up(const GateUpArgs& a) {
     } else if (a.n_words % 4 == 0) {
         for (int i = threadIdx.x; i < n_rows; i += blockDim.x) {
             prefetch_l2(row_signs + i * a.n_words, a.n_words * sizeof(uint32_t));
+            for (int plane = 1; plane < bits.n_planes; plane++) {
+                prefetch_l2(bits.row(plane, begin + i), a.n_words * sizeof(uint32_t));
+            }
         }
     }
     wait_for_previous();
@@ -111,7 +120,25 @@ __device__ __forceinline__ void gate_up(const GateUpArgs& a) {
         }
         atomicAdd(&n_active, n);
     } else {
-        if (a.rows == PREDICTED) {
+        if (a.rows == PREDICTED && a.n_planes > 0) {
+            const int n_columns = n_slots<T>(a.cut);
+            uint32_t* words = reinterpret_cast<uint32_t*>(scratch);
+            const float scale = quantise(a.n_words, signs, words, [&](int col) {
+                return col < n_columns ? *reinterpret_cast<const float4*>(slots + slot<T>(col, n_columns / 2))
+                                       : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            });
+            __syncthreads();
+            for (int first = warp_id() * SCORE_ROWS; first < n_rows; first += blockDim.x / WARP * SCORE_ROWS) {
+                const int i = min(first + lane_id() / 4, n_rows - 1);
+                const int32_t score = bits.score(begin + i, signs);
+                if (lane_id() % 4 == 0 && first + lane_id() / 4 < n_rows) {
+                    const uint32_t threshold = a.limits == nullptr ? a.limit : __ldg(a.limits + begin + i);
+                    if (is_kept(score, __uint_as_float(threshold), scale)) {
+                        kept[atomicAdd(&n_kept, 1)] = i;
+                    }
+                }
+            }
+        } else if (a.rows == PREDICTED) {
 #pragma unroll 4
             for (int i = warp_id(); i < n_rows; i += blockDim.x / WARP) {
                 const uint32_t limit = a.limits == nullptr ? a.limit : __ldg(a.limits + begin + i);
@@ -202,6 +229,50 @@ extern "C" __global__ __launch_bounds__(512, 2) void predict(const __grid_consta
         const bool skip = n_neg(a.signs + static_cast<int64_t>(row) * n_words, signs, n_words) > limit;
         if (lane_id() == 0) {
             a.skip[row] = skip;
+        }
+    }
+}
+
+// predict_scores: the predictor of scores alone, for measurements and tests; scores (n_rows,) i32, scale (1,) f32,
+// skip (n_rows,) u8.
+struct PredictScoresArgs {
+    const float* x;
+    const uint32_t* signs;
+    const uint32_t* low;
+    const uint32_t* limits;
+    int32_t* scores;
+    float* scale;
+    uint8_t* skip;
+    int32_t n_rows;
+    int32_t n_cols;
+    uint32_t limit;
+    uint32_t n_planes;
+};
+
+extern "C" __global__ __launch_bounds__(512, 2) void predict_scores(const __grid_constant__ PredictScoresArgs a) {
+    extern __shared__ uint4 shared_words[];
+    __shared__ uint32_t scratch[WARP];
+    uint32_t* planes = reinterpret_cast<uint32_t*>(shared_words);
+    const int n_words = (a.n_cols + WARP - 1) / WARP;
+    const BitRows bits = {a.signs, a.low, static_cast<int>(a.n_planes), a.n_rows, n_words};
+    wait_for_previous();
+    const float scale = quantise(n_words, planes, scratch, [&](int col) {
+        const auto at = [&](int c) { return c < a.n_cols ? __ldcg(a.x + c) : 0.0f; };
+        return make_float4(at(col), at(col + 1), at(col + 2), at(col + 3));
+    });
+    __syncthreads();
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+        *a.scale = scale;
+    }
+    const int begin = share_begin(a.n_rows, blockIdx.x, gridDim.x);
+    const int end = share_begin(a.n_rows, blockIdx.x + 1, gridDim.x);
+    for (int first = begin + warp_id() * SCORE_ROWS; first < end; first += blockDim.x / WARP * SCORE_ROWS) {
+        const int row = min(first + lane_id() / 4, end - 1);
+        const int32_t score = bits.score(row, planes);
+        if (lane_id() % 4 == 0 && first + lane_id() / 4 < end) {
+            const uint32_t threshold = a.limits == nullptr ? a.limit : __ldg(a.limits + row);
+            a.scores[row] = score;
+            a.skip[row] = !is_kept(score, __uint_as_float(threshold), scale);
         }
     }
 }

@@ -1,6 +1,7 @@
 // prefill_mlp: what stands between the products of a batched MLP.
 
 #include "prefill.cuh"
+#include "scores.cuh"
 
 // prefill_gated: the input of the down projection.
 //
@@ -123,6 +124,96 @@ extern "C" __global__ __launch_bounds__(256) void prefill_skip(const __grid_cons
                 const uint32_t limit = a.limits != nullptr ? a.limits[at_row] : a.limit;
                 a.skip[static_cast<int64_t>(at_token) * a.n_rows + at_row] = n_neg[j][i] > limit;
             }
+        }
+    }
+}
+
+// prefill_quantise: RMSNorm of every token in 8 bits, for the predictor.
+//
+// Computes   n = x / sqrt(mean(x^2) + eps) * weight;  planes[t], scales[t] as scores.cuh makes them of n
+// Reference  reference::{rmsnorm, quantise}; equal bit for bit for the same n
+// Shapes     x (n_tokens, n_cols) f32; weight (n_cols,) f32; planes (n_tokens, x_planes_words) u32; scales (n_tokens,) f32
+// Grid       n_tokens blocks of 256 threads
+// Bytes      n_tokens * n_cols * 5; later readings of x come from a cache
+// Order      one fixed tree of additions, that of prefill_norm: repeatable bit for bit
+struct PrefillQuantiseArgs {
+    const float* x;
+    const float* weight;
+    uint32_t* planes;
+    float* scales;
+    int32_t n_cols;
+    float eps;
+};
+
+extern "C" __global__ __launch_bounds__(256) void prefill_quantise(const __grid_constant__ PrefillQuantiseArgs a) {
+    __shared__ float sums[WARP];
+    __shared__ uint32_t scratch[WARP];
+    const int64_t token = blockIdx.x;
+    const int n_words = (a.n_cols + WARP - 1) / WARP;
+    const float* x = a.x + token * a.n_cols;
+
+    wait_for_previous();
+    float squares = 0.0f;
+#pragma unroll 4
+    for (int col = threadIdx.x; col < a.n_cols; col += blockDim.x) {
+        squares = fmaf(x[col], x[col], squares);
+    }
+    const float mean = block_sum(squares, sums) / static_cast<float>(a.n_cols);
+    const float factor = 1.0f / sqrtf(mean + a.eps);
+    const float scale = quantise(n_words, a.planes + token * x_planes_words(n_words), scratch, [&](int col) {
+        const auto at = [&](int c) { return c < a.n_cols ? x[c] * factor * a.weight[c] : 0.0f; };
+        return make_float4(at(col), at(col + 1), at(col + 2), at(col + 3));
+    });
+    if (threadIdx.x == 0) {
+        a.scales[token] = scale;
+    }
+}
+
+// prefill_skip_scores: the rows that decoding would leave out by their score, for every token of a batch.
+//
+// Computes   skip[t, row] = score(t, row) < limit(row) * scales[t], as in scores.cuh
+// Reference  reference::predict_scores; equal bit for bit
+// Shapes     planes (n_tokens, x_planes_words) u32; scales (n_tokens,) f32; signs (n_rows, n_words),
+//            low (n_planes - 1, n_rows, n_words) u32; limits (n_rows,) f32, or null for the one limit;
+//            skip (n_tokens, n_rows) u8
+// Grid       (ceil(n_rows / 64), ceil(n_tokens / SKIP_TOKENS)); 256 threads
+// Warp       SCORE_ROWS rows, token by token: the warps of a block share the token, whose planes come from L1
+// Bytes      (n_rows * n_planes * ceil(n_tokens / SKIP_TOKENS) * n_words + n_tokens * ceil(n_rows / 64) * n_words * 8)
+//            * 4, mostly from L2
+struct PrefillSkipScoresArgs {
+    const uint32_t* planes;
+    const float* scales;
+    const uint32_t* signs;
+    const uint32_t* low;
+    const uint32_t* limits;
+    uint8_t* skip;
+    int32_t n_tokens;
+    int32_t n_rows;
+    int32_t n_words;
+    uint32_t limit;
+    uint32_t n_planes;
+};
+
+// Tokens of a block.
+constexpr int SKIP_TOKENS = 64;
+
+extern "C" __global__ __launch_bounds__(256) void prefill_skip_scores(
+    const __grid_constant__ PrefillSkipScoresArgs a
+) {
+    const BitRows bits = {a.signs, a.low, static_cast<int>(a.n_planes), a.n_rows, a.n_words};
+    const int first = (blockIdx.x * (blockDim.x / WARP) + warp_id()) * SCORE_ROWS;
+    wait_for_previous();
+    if (first >= a.n_rows) {
+        return;
+    }
+    const int row = min(first + lane_id() / 4, a.n_rows - 1);
+    const bool writes = lane_id() % 4 == 0 && first + lane_id() / 4 < a.n_rows;
+    const float threshold = __uint_as_float(a.limits == nullptr ? a.limit : a.limits[row]);
+    const int end = min(a.n_tokens, static_cast<int>(blockIdx.y + 1) * SKIP_TOKENS);
+    for (int token = blockIdx.y * SKIP_TOKENS; token < end; token++) {
+        const int32_t score = bits.score(row, a.planes + static_cast<int64_t>(token) * x_planes_words(a.n_words));
+        if (writes) {
+            a.skip[static_cast<int64_t>(token) * a.n_rows + row] = !is_kept(score, threshold, a.scales[token]);
         }
     }
 }

@@ -6,7 +6,7 @@
 
 mod common;
 
-use common::{Random, TOLERANCE, Weights, magnitude, rows_of, sign_words};
+use common::{Random, TOLERANCE, Weights, low_planes, magnitude, rows_of, sign_words};
 use kernels::{
     Activation, AttentionScratch, AttentionShape, BitPlanes, Cpu, Elements, Isa, Limits, LowRank, Matrix,
     Matvec, MlpCounts, MlpScratch, MlpWeights, Residual, Rows, SignMatrix, Thresholds, reference,
@@ -42,18 +42,6 @@ fn on_each_backend(want: &[f64], slack: &[f64], op: impl Fn(&Cpu) -> Vec<f32>) {
             assert!(same, "{name}: {} threads change the result", cpu.n_threads());
         }
     }
-}
-
-/// Random words of `n_planes - 1` planes below the signs, zero past the last column.
-fn low_planes(random: &mut Random, n_planes: usize, n_rows: usize, n_cols: usize) -> Vec<u32> {
-    let n_words = n_cols.div_ceil(32);
-    let tail = u32::MAX >> (n_words * 32 - n_cols);
-    (0..(n_planes - 1) * n_rows * n_words)
-        .map(|idx| {
-            let word = (random.below(1 << 16) << 16 | random.below(1 << 16)) as u32;
-            if (idx + 1).is_multiple_of(n_words) { word & tail } else { word }
-        })
-        .collect()
 }
 
 /// Widths on both sides of the vectors, the sign words and the groups of them.

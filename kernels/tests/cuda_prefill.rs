@@ -11,14 +11,17 @@ mod common;
 use std::io;
 use std::sync::{LazyLock, Mutex, MutexGuard};
 
-use common::{Random, TOLERANCE, Weights, sign_words};
+use common::{
+    Random, TOLERANCE, Weights, differences, integers, random_planes, sign_words, thresholds_beside,
+};
 use half::{bf16, f16};
 use kernels::cuda::{
-    Buffer, CudaError, Device, DeviceLimits, DeviceMatrix, Dtype, FloatRows, Gemm, GemmCall, Mirror,
-    Placement, PrefillAttentionCall, PrefillGatedCall, PrefillNormCall, PrefillRopeCall, PrefillSkipCall,
-    UploadError, UploadPlan, View, rounded_bytes, upload,
+    Buffer, CudaError, Device, DeviceLimits, DeviceMatrix, DevicePlanes, DeviceThresholds, Dtype, FloatRows,
+    Gemm, GemmCall, Mirror, Placement, PrefillAttentionCall, PrefillGatedCall, PrefillNormCall,
+    PrefillQuantiseCall, PrefillRopeCall, PrefillSkipCall, PrefillSkipScoresCall, Quantised, UploadError,
+    UploadPlan, View, quantised_bytes, rounded_bytes, upload,
 };
-use kernels::{Activation, AttentionShape, Elements, Limits, SignMatrix, reference};
+use kernels::{Activation, AttentionShape, BitPlanes, Elements, Limits, SignMatrix, Thresholds, reference};
 
 const EPS: f32 = 1e-5;
 /// Error of a sum on tensor cores, in errors of an f32 sum.
@@ -474,6 +477,86 @@ fn skipped_rows_are_the_reference_bit_for_bit() {
             }
         }
     }
+}
+
+/// Inputs of integers, which the norm leaves integers in 8 bits, with thresholds half a unit beside the scores of one of
+/// them; an input of zeros and one of NaN among them.
+#[test]
+fn rows_skipped_by_their_score_are_the_reference_bit_for_bit() {
+    let device = device();
+    let mut random = Random::new(16);
+    let mut found = Vec::new();
+    for (n_rows, n_cols) in [(1, 1), (100, 33), (704, 256), (1376, 512), (130, 4096), (65, 5100)] {
+        let n_words = usize::div_ceil(n_cols, 32);
+        let ones = vec![1.0; n_cols];
+        let weight = device.upload(&ones).unwrap();
+        for (n_tokens, n_planes) in TOKENS.into_iter().zip([1, 2, 3, 2]) {
+            let words = random_planes(&mut random, n_planes, n_rows, n_cols);
+            let (sign_words, low) = words.split_at(n_rows * n_words);
+            let planes = BitPlanes { signs: SignMatrix { words: sign_words, n_rows, n_words }, low };
+            // The same values elsewhere, for one scale, and other signs.
+            let values = integers(&mut random, n_cols);
+            let mut x = Vec::with_capacity(n_tokens * n_cols);
+            for _ in 0..n_tokens {
+                let first = random.below(n_cols as u64) as usize;
+                let turned = values[first..].iter().chain(&values[..first]);
+                x.extend(turned.map(|&x| if random.below(2) == 0 { x } else { -x }));
+            }
+            if n_tokens > 2 {
+                x[..n_cols].fill(0.0);
+                x[2 * n_cols - 1] = f32::NAN;
+            }
+            let mut normed = vec![0.0; x.len()];
+            for (x, normed) in x.chunks_exact(n_cols).zip(normed.chunks_exact_mut(n_cols)) {
+                reference::rmsnorm(x, &ones, EPS, normed);
+            }
+            let last = &normed[(n_tokens - 1) * n_cols..];
+            let beside = thresholds_beside(&planes, last, [0.5, 0.0], &mut random);
+            let (signs, low_buffer) = (device.upload(sign_words).unwrap(), device.upload(low).unwrap());
+            let (x, beside_buffer) = (device.upload(&x).unwrap(), device.upload(&beside).unwrap());
+            let (x_planes, scales) = (
+                device.upload(&vec![u8::MAX; quantised_bytes(n_tokens, n_cols)]).unwrap(),
+                device.upload(&vec![f32::NAN; n_tokens]).unwrap(),
+            );
+            let out = Quantised { planes: x_planes.view(), scales: scales.view() };
+            let call = PrefillQuantiseCall { x: x.view(), weight: weight.view(), eps: EPS, n_tokens, out };
+            device.prefill_quantise(&call).unwrap();
+            for (name, thresholds, on_device) in [
+                ("beside", Thresholds::PerRow(&beside), DeviceThresholds::PerRow(beside_buffer.view())),
+                ("one", Thresholds::Layer(beside[0]), DeviceThresholds::Layer(beside[0])),
+                ("none", Thresholds::Layer(-1e30), DeviceThresholds::Layer(-1e30)),
+                ("all", Thresholds::Layer(1e30), DeviceThresholds::Layer(1e30)),
+            ] {
+                let mut want = vec![false; n_tokens * n_rows];
+                let mut q = vec![0; n_cols];
+                for (x, skip) in normed.chunks_exact(n_cols).zip(want.chunks_exact_mut(n_rows)) {
+                    let scale = reference::quantise(x, &mut q);
+                    reference::predict_scores(&planes, &thresholds, &q, scale, skip);
+                }
+                let skip = poison(&device, n_tokens * n_rows);
+                let call = PrefillSkipScoresCall {
+                    n_tokens,
+                    n_rows,
+                    n_cols,
+                    x: out,
+                    planes: DevicePlanes {
+                        signs: signs.view(),
+                        low: (n_planes > 1).then(|| low_buffer.view()),
+                    },
+                    thresholds: on_device,
+                    skip: skip.view(),
+                };
+                device.prefill_skip_scores(&call).unwrap();
+                let got: Vec<bool> =
+                    download::<u8>(&device, skip.view()).iter().map(|&skip| skip != 0).collect();
+                let case = format!(
+                    "{n_tokens} tokens, {n_rows} rows of {n_cols} columns in {n_planes} planes, thresholds {name}"
+                );
+                found.extend(differences(&case, &got, &want));
+            }
+        }
+    }
+    assert!(found.is_empty(), "{} differences:\n{}", found.len(), found.join("\n"));
 }
 
 /// Inputs and outputs of products: odd, rows that are and are not multiples of 16 bytes, enough for large tiles.

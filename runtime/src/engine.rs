@@ -56,12 +56,7 @@ pub(crate) trait Engine<'m>: std::fmt::Debug {
     /// Tokens of a batch that prompts go through best in; at most the session's `n_batch_max`.
     fn n_batch(&self) -> usize;
 
-    /// False if scores cannot be computed here: the session then asks for exact rows in their place.
-    fn has_scores(&self) -> bool {
-        true
-    }
-
-    /// False if predictors of low rank cannot be computed here, as [`Engine::has_scores`].
+    /// False if predictors of low rank cannot be computed here: the session then asks for exact rows in their place.
     fn has_low_rank(&self) -> bool {
         true
     }

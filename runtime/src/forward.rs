@@ -360,7 +360,7 @@ pub(crate) fn measure_read_gb_per_s(cpu: &Cpu) -> f64 {
 }
 
 /// The rows that `choice` selects of the layer `w`.
-fn rows_of<'a>(choice: &'a RowChoice, w: &LayerWeights<'a>) -> Rows<'a> {
+pub(crate) fn rows_of<'a>(choice: &'a RowChoice, w: &LayerWeights<'a>) -> Rows<'a> {
     let planes = || w.planes.expect("the reader checked that a layer with limits has sign words");
     let predicted = |limits| Rows::Predicted { signs: planes().signs, limits };
     let scored = |thresholds| match w.low_rank {

@@ -132,7 +132,7 @@ pub struct Session<'m> {
     /// In place of the stored limits and thresholds, one for each layer.
     budget: Option<Vec<f32>>,
     /// Layers whose predictor the backend lacks, so that they are exact.
-    n_not_scored: usize,
+    n_not_predicted: usize,
     /// The engine has planes of [`Session::set_prediction`].
     has_own_planes: bool,
     usage: Usage,
@@ -184,7 +184,7 @@ impl<'m> Session<'m> {
             n_batch_max: options.n_batch_max,
             limits: Vec::new(),
             budget: None,
-            n_not_scored: 0,
+            n_not_predicted: 0,
             has_own_planes: false,
             usage: Usage::default(),
             audit: None,
@@ -230,14 +230,11 @@ impl<'m> Session<'m> {
             RowChoice::new(mode, stored_rows(self.model, layer, budget, alpha_scale))
         };
         let mut rows: Vec<RowChoice> = (0..records.len()).map(choice).collect();
-        self.n_not_scored = 0;
+        self.n_not_predicted = 0;
         for (rows, record) in rows.iter_mut().zip(records) {
-            let is_scored = matches!(rows, RowChoice::Threshold(_) | RowChoice::RowThresholds(_));
-            let can_score =
-                if record.kind.has_factors() { self.engine.has_low_rank() } else { self.engine.has_scores() };
-            if is_scored && !can_score {
+            if rows.is_predicted() && record.kind.has_factors() && !self.engine.has_low_rank() {
                 *rows = RowChoice::Active;
-                self.n_not_scored += 1;
+                self.n_not_predicted += 1;
             }
         }
         self.set_rows(rows)
@@ -388,7 +385,7 @@ impl<'m> Session<'m> {
     /// its gate rows exactly and says so here.
     pub fn backend(&self) -> String {
         let engine = self.engine.describe();
-        match self.n_not_scored {
+        match self.n_not_predicted {
             0 => engine,
             n_layers => format!("{engine}, {n_layers} layers exact as it lacks their predictor"),
         }

@@ -1,6 +1,8 @@
 //! A whole token in one kernel (decode.cu): what it needs, how its work is cut, and its launch.
 
-use super::launch::{check_cache, check_floats, check_limits, check_state, same_type};
+use super::launch::{
+    RowsArgs, check_aligned, check_cache, check_floats, check_state, same_type, x_planes_bytes,
+};
 use super::{Buffer, CudaError, Device, DeviceMatrix, DeviceRows, View};
 use crate::shape::check;
 use crate::{Activation, AttentionShape};
@@ -173,6 +175,7 @@ struct LayerArgs {
     w_up: u64,
     w_down_t: u64,
     signs: u64,
+    low: u64,
     limits: u64,
     attn_norm: u64,
     mlp_norm: u64,
@@ -180,6 +183,7 @@ struct LayerArgs {
     values: u64,
     limit: u32,
     rows: u32,
+    n_planes: u32,
 }
 
 #[repr(C)]
@@ -283,9 +287,8 @@ impl Plan {
         } else {
             0
         };
-        let fixed_floats =
-            d + vec_floats + TILE_FLOATS + 3 * list_rows + d.div_ceil(WARP).next_multiple_of(4);
-        let fixed_bytes = fixed_floats * size_of::<f32>();
+        let fixed_floats = d + vec_floats + TILE_FLOATS + 3 * list_rows;
+        let fixed_bytes = fixed_floats * size_of::<f32>() + x_planes_bytes(d.div_ceil(WARP));
         let ring_bytes = device.shared_bytes_max().checked_sub(STATIC_BYTES + fixed_bytes)?;
         let room = ring_bytes / WARPS / slot_bytes;
         let n_slots = N_SLOTS.into_iter().find(|&n_slots| n_slots <= room);
@@ -370,13 +373,7 @@ impl Device {
             check(what, n_rows, w.n_rows())?;
             check(what, n_cols, w.n_cols())?;
             let address = w.data().address();
-            if !address.is_multiple_of(16) {
-                return Err(CudaError::Unsupported {
-                    what: "bytes past alignment",
-                    found: (address % 16) as usize,
-                    max: 0,
-                });
-            }
+            check_aligned(address)?;
             Ok(address)
         };
         let floats = |what, view: View<'_>, n| -> Result<u64, CudaError> {
@@ -388,15 +385,7 @@ impl Device {
         let mut layers = [const { LayerArgs::NONE }; LAYERS_MAX];
         for (args, w) in layers.iter_mut().zip(call.layers) {
             check_cache(&call.shape, dtype.cache(), [w.keys, w.values])?;
-            let (rows, signs, limits, limit) = match w.rows {
-                DeviceRows::All => (0, 0, 0, 0),
-                DeviceRows::Active => (1, 0, 0, 0),
-                DeviceRows::Predicted { signs, limits } => {
-                    check("sign bytes", f * d.div_ceil(WARP) * 4, signs.len_bytes())?;
-                    let (limits, limit) = check_limits(limits, f)?;
-                    (2, signs.address(), limits, limit)
-                }
-            };
+            let rows = RowsArgs::new(&w.rows, f, d.div_ceil(WARP))?;
             *args = LayerArgs {
                 w_q: matrix("query weights", &w.w_q, q_width, d)?,
                 w_k: matrix("key weights", &w.w_k, kv_width, d)?,
@@ -405,14 +394,16 @@ impl Device {
                 w_gate: matrix("gate weights", &w.w_gate, f, d)?,
                 w_up: matrix("up weights", &w.w_up, f, d)?,
                 w_down_t: matrix("down weights", &w.w_down_t, f, d)?,
-                signs,
-                limits,
+                signs: rows.signs,
+                low: rows.low,
+                limits: rows.limits,
                 attn_norm: floats("attention norm", w.attn_norm, d)?,
                 mlp_norm: floats("MLP norm", w.mlp_norm, d)?,
                 keys: w.keys.address(),
                 values: w.values.address(),
-                limit,
-                rows,
+                limit: rows.limit,
+                rows: rows.rows,
+                n_planes: rows.n_planes,
             };
         }
         let clocks = call.clocks.map_or(Ok(0), |view| -> Result<u64, CudaError> {
@@ -484,6 +475,7 @@ impl LayerArgs {
         w_up: 0,
         w_down_t: 0,
         signs: 0,
+        low: 0,
         limits: 0,
         attn_norm: 0,
         mlp_norm: 0,
@@ -491,5 +483,6 @@ impl LayerArgs {
         values: 0,
         limit: 0,
         rows: 0,
+        n_planes: 0,
     };
 }

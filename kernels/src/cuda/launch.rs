@@ -5,7 +5,7 @@
 
 use super::{Buffer, CudaError, Device, View};
 use crate::shape::check;
-use crate::{Activation, AttentionShape, Elements};
+use crate::{Activation, AttentionShape, Elements, PLANES_MAX};
 
 /// Threads of a block that multiplies rows.
 const DOT_THREADS: usize = 512;
@@ -18,6 +18,10 @@ const DOWN_COLS: usize = 256;
 const DOWN_BLOCKS_PER_SM: usize = 2;
 const DOWN_CHUNKS_MAX: usize = 64;
 const ATTENTION_THREADS: usize = 256;
+/// `SCORE_ROWS`, `STEP_WORDS` and `X_PLANES` of scores.cuh.
+const SCORE_ROWS: usize = 8;
+const STEP_WORDS: usize = 16;
+const X_PLANES: usize = 8;
 /// Blocks of `attention` for each SM, over all key/value heads.
 const ATTENTION_BLOCKS_PER_SM: usize = 2;
 /// Widest head that `attention` holds in registers.
@@ -226,6 +230,22 @@ pub enum DeviceRows<'a> {
         /// Limits on n_neg.
         limits: DeviceLimits<'a>,
     },
+    /// Gate rows whose product in few bits passes the threshold.
+    Scored {
+        /// W_gate.
+        planes: DevicePlanes<'a>,
+        /// Thresholds on the score.
+        thresholds: DeviceThresholds<'a>,
+    },
+}
+
+/// [`crate::BitPlanes`] of W_gate.
+#[derive(Clone, Copy, Debug)]
+pub struct DevicePlanes<'a> {
+    /// Plane 0, `(n_rows, ceil(n_cols / 32))` u32.
+    pub signs: View<'a>,
+    /// The planes below, `(P - 1, n_rows, ceil(n_cols / 32))` u32; none for signs alone.
+    pub low: Option<View<'a>>,
 }
 
 /// Largest n_neg that is still computed.
@@ -235,6 +255,32 @@ pub enum DeviceLimits<'a> {
     Layer(u32),
     /// One for each row, `(n_rows,)` u32.
     PerRow(View<'a>),
+}
+
+/// Smallest score that is still computed, in the units of [`crate::Thresholds`].
+#[derive(Clone, Copy, Debug)]
+pub enum DeviceThresholds<'a> {
+    /// One for all rows.
+    Layer(f32),
+    /// One for each row, `(n_rows,)` f32.
+    PerRow(View<'a>),
+}
+
+/// The predictor of scores alone. Shapes as in gate_up.cu, `predict_scores`.
+#[derive(Clone, Copy, Debug)]
+pub struct PredictScoresCall<'a> {
+    /// Rows in bits.
+    pub planes: DevicePlanes<'a>,
+    /// Thresholds on the score.
+    pub thresholds: DeviceThresholds<'a>,
+    /// Input, `(n_cols,)` f32.
+    pub x: View<'a>,
+    /// `(n_rows,)` i32; written.
+    pub scores: View<'a>,
+    /// Scale of x in 8 bits, one f32; written.
+    pub scale: View<'a>,
+    /// `(n_rows,)` u8, 1 where a row is left out; written.
+    pub skip: View<'a>,
 }
 
 /// Gate and up projections of one token. Shapes as in gate_up.cu.
@@ -375,6 +421,7 @@ struct GateUpArgs {
     x: u64,
     norm: u64,
     signs: u64,
+    low: u64,
     limits: u64,
     h: u64,
     counts: u64,
@@ -382,6 +429,7 @@ struct GateUpArgs {
     n_words: i32,
     limit: u32,
     rows: u32,
+    n_planes: u32,
     activation: u32,
     threshold: f32,
     eps: f32,
@@ -397,6 +445,21 @@ struct PredictArgs {
     n_rows: i32,
     n_cols: i32,
     limit: u32,
+}
+
+#[repr(C)]
+struct PredictScoresArgs {
+    x: u64,
+    signs: u64,
+    low: u64,
+    limits: u64,
+    scores: u64,
+    scale: u64,
+    skip: u64,
+    n_rows: i32,
+    n_cols: i32,
+    limit: u32,
+    n_planes: u32,
 }
 
 #[repr(C)]
@@ -609,20 +672,13 @@ impl Device {
         check_floats("gate output", n_rows, call.h)?;
         check("bytes of counts", 16, call.counts.len_bytes())?;
         let n_words = n_cols.div_ceil(WARP);
-        let (signs, limits, limit, rows) = match call.rows {
-            DeviceRows::All => (0, 0, 0, 0),
-            DeviceRows::Active => (0, 0, 0, 1),
-            DeviceRows::Predicted { signs, limits } => {
-                check("sign bytes", n_rows * n_words * 4, signs.len_bytes())?;
-                let (limits, limit) = check_limits(limits, n_rows)?;
-                (signs.address(), limits, limit, 2)
-            }
-        };
+        let rows = RowsArgs::new(&call.rows, n_rows, n_words)?;
         let (activation, threshold) = activation_args(call.activation);
         let cut = RowCut::new(self, &[*w_gate, *w_up]);
-        // h, both queues, and two rows of partial sums; the sign words come beside the vector.
+        // h, both queues, and two rows of partial sums; the sign words or planes come beside the vector.
         let row_bytes = 3 * 4 + 2 * cut.n_segs as usize * 4;
-        let sign_bytes = cut.slot_bytes(w_gate.dtype) / WARP;
+        let sign_bytes =
+            if rows.n_planes > 0 { x_planes_bytes(n_words) } else { cut.slot_bytes(w_gate.dtype) / WARP };
         let (n_blocks, shared_bytes) = self.dot_grid(&cut, w_gate.dtype, n_rows, row_bytes, sign_bytes)?;
         let args = GateUpArgs {
             cut,
@@ -630,14 +686,16 @@ impl Device {
             w_up: w_up.data.address(),
             x: call.x.address(),
             norm: call.norm.address(),
-            signs,
-            limits,
+            signs: rows.signs,
+            low: rows.low,
+            limits: rows.limits,
             h: call.h.address(),
             counts: call.counts.address(),
             n_rows: n_rows as i32,
             n_words: n_words as i32,
-            limit,
-            rows,
+            limit: rows.limit,
+            rows: rows.rows,
+            n_planes: rows.n_planes,
             activation,
             threshold,
             eps: call.eps,
@@ -678,6 +736,37 @@ impl Device {
         let n_blocks = self.n_multiprocessors().min(n_rows.div_ceil(DOT_THREADS / WARP)).max(1);
         // SAFETY: every length was checked above.
         unsafe { self.launch("predict", [n_blocks, 1, 1], DOT_THREADS, shared_bytes, &args) }
+    }
+
+    /// The predictor of scores alone: `skip[row] = score(row) < threshold(row) * scale` as bytes, with what it compares.
+    ///
+    /// # Errors
+    /// [`CudaError::Shape`], [`CudaError::Unsupported`].
+    pub fn predict_scores(&self, call: &PredictScoresCall<'_>) -> Result<(), CudaError> {
+        let (n_rows, n_cols) = (call.skip.len_bytes(), call.x.len_bytes() / size_of::<f32>());
+        check_floats("predictor input", n_cols, call.x)?;
+        check_floats("scores", n_rows, call.scores)?;
+        check_floats("scale of the input", 1, call.scale)?;
+        let n_words = n_cols.div_ceil(WARP);
+        let rows = DeviceRows::Scored { planes: call.planes, thresholds: call.thresholds };
+        let rows = RowsArgs::new(&rows, n_rows, n_words)?;
+        let shared_bytes = self.check_shared(x_planes_bytes(n_words))?;
+        let args = PredictScoresArgs {
+            x: call.x.address(),
+            signs: rows.signs,
+            low: rows.low,
+            limits: rows.limits,
+            scores: call.scores.address(),
+            scale: call.scale.address(),
+            skip: call.skip.address(),
+            n_rows: n_rows as i32,
+            n_cols: n_cols as i32,
+            limit: rows.limit,
+            n_planes: rows.n_planes,
+        };
+        let n_blocks = self.n_multiprocessors().min(n_rows.div_ceil(SCORE_ROWS)).max(1);
+        // SAFETY: every length was checked above.
+        unsafe { self.launch("predict_scores", [n_blocks, 1, 1], DOT_THREADS, shared_bytes, &args) }
     }
 
     /// Room for the down projection of `n_rows` rows to `n_cols` columns.
@@ -864,6 +953,73 @@ pub(super) fn activation_args(activation: Activation) -> (u32, f32) {
         Activation::Relu => (0, 0.0),
         Activation::FatRelu(threshold) => (1, threshold),
         Activation::Silu => (2, 0.0),
+    }
+}
+
+/// `x_planes_words` of scores.cuh, in bytes: an input in 8 bits.
+pub(super) fn x_planes_bytes(n_words: usize) -> usize {
+    n_words.next_multiple_of(STEP_WORDS) * X_PLANES * size_of::<u32>()
+}
+
+/// The rows that are read, as kernels take them.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct RowsArgs {
+    /// `Rows` of common.cuh.
+    pub(super) rows: u32,
+    /// 0 where rows are not predicted by their score.
+    pub(super) n_planes: u32,
+    pub(super) signs: u64,
+    pub(super) low: u64,
+    /// Zero where one limit is that of all rows.
+    pub(super) limits: u64,
+    /// A threshold as its bits.
+    pub(super) limit: u32,
+}
+
+impl RowsArgs {
+    /// Checks `rows` of an MLP of `n_rows` rows of `n_words` sign words.
+    pub(super) fn new(rows: &DeviceRows<'_>, n_rows: usize, n_words: usize) -> Result<Self, CudaError> {
+        let args = Self { rows: 0, n_planes: 0, signs: 0, low: 0, limits: 0, limit: 0 };
+        let plane_bytes = n_rows * n_words * size_of::<u32>();
+        let args = match *rows {
+            DeviceRows::All => args,
+            DeviceRows::Active => Self { rows: 1, ..args },
+            DeviceRows::Predicted { signs, limits } => {
+                check("sign bytes", plane_bytes, signs.len_bytes())?;
+                let (limits, limit) = check_limits(limits, n_rows)?;
+                Self { rows: 2, signs: signs.address(), limits, limit, ..args }
+            }
+            DeviceRows::Scored { planes: DevicePlanes { signs, low }, thresholds } => {
+                check("sign bytes", plane_bytes, signs.len_bytes())?;
+                let low_bytes = low.map_or(0, View::len_bytes);
+                let n_low = low_bytes.checked_div(plane_bytes).unwrap_or(0);
+                check("bytes of lower planes", n_low * plane_bytes, low_bytes)?;
+                check("bit planes", (1 + n_low).min(PLANES_MAX), 1 + n_low)?;
+                let (limits, limit) = match thresholds {
+                    DeviceThresholds::Layer(threshold) => (0, threshold.to_bits()),
+                    DeviceThresholds::PerRow(thresholds) => {
+                        check_floats("thresholds", n_rows, thresholds)?;
+                        (thresholds.address(), 0)
+                    }
+                };
+                let low = low.map_or(0, View::address);
+                let n_planes = 1 + n_low as u32;
+                Self { rows: 2, n_planes, signs: signs.address(), low, limits, limit }
+            }
+        };
+        if n_words.is_multiple_of(4) {
+            check_aligned(args.signs)?;
+            check_aligned(args.low)?;
+        }
+        Ok(args)
+    }
+}
+
+/// That 16 bytes can be read at a time from `address` on.
+pub(super) fn check_aligned(address: u64) -> Result<(), CudaError> {
+    match (address % 16) as usize {
+        0 => Ok(()),
+        found => Err(CudaError::Unsupported { what: "bytes past alignment", found, max: 0 }),
     }
 }
 

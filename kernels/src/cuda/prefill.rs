@@ -4,15 +4,17 @@
 //! structs mirror those at the top of each `prefill_*.cu` file, field by field.
 
 use super::gemm::check_grid;
-use super::launch::{activation_args, check_cache, check_floats, check_limits};
-use super::{CudaError, Device, DeviceLimits, DeviceMatrix, Dtype, View};
+use super::launch::{RowsArgs, activation_args, check_cache, check_floats, check_limits, x_planes_bytes};
+use super::{
+    CudaError, Device, DeviceLimits, DeviceMatrix, DevicePlanes, DeviceRows, DeviceThresholds, Dtype, View,
+};
 use crate::shape::check;
 use crate::{Activation, AttentionShape};
 
 const THREADS: usize = 256;
 /// Columns of a block that takes four for each thread.
 const COLS: usize = 4 * THREADS;
-/// Rows and tokens of a block of `prefill_skip`.
+/// Rows and tokens of a block of `prefill_skip` and of `prefill_skip_scores`.
 const SKIP_TILE: usize = 64;
 /// Head widths that `prefill_attention` has on tensor cores.
 const TENSOR_HEAD_DIMS: [usize; 5] = [32, 64, 80, 96, 128];
@@ -29,6 +31,20 @@ const WARP: usize = 32;
 pub fn rounded_bytes(dtype: Dtype, n_tokens: usize, width: usize) -> usize {
     let n_planes = if dtype == Dtype::Bf16 { 2 } else { 1 };
     n_planes * n_tokens * width * dtype.n_bytes()
+}
+
+/// Bytes of the planes of [`Quantised`] for `n_tokens` inputs of `n_cols` columns.
+pub fn quantised_bytes(n_tokens: usize, n_cols: usize) -> usize {
+    n_tokens * x_planes_bytes(n_cols.div_ceil(WARP))
+}
+
+/// Inputs of a batch in 8 bits, for scores of rows.
+#[derive(Clone, Copy, Debug)]
+pub struct Quantised<'a> {
+    /// In the order of scores.cuh, [`quantised_bytes`] of them.
+    pub planes: View<'a>,
+    /// `127 / max |x|` of each input or 0, `(n_tokens,)` f32.
+    pub scales: View<'a>,
 }
 
 /// Rows of f32 that may lie apart, such as the queries in a product with stacked weights.
@@ -175,6 +191,40 @@ pub struct PrefillSkipCall<'a> {
     pub skip: View<'a>,
 }
 
+/// RMSNorm of every token, in 8 bits.
+#[derive(Clone, Copy, Debug)]
+pub struct PrefillQuantiseCall<'a> {
+    /// `(n_tokens, n_cols)` f32.
+    pub x: View<'a>,
+    /// `(n_cols,)` f32.
+    pub weight: View<'a>,
+    /// Of the norm.
+    pub eps: f32,
+    /// Tokens.
+    pub n_tokens: usize,
+    /// Written.
+    pub out: Quantised<'a>,
+}
+
+/// The predictor of scores over a batch.
+#[derive(Clone, Copy, Debug)]
+pub struct PrefillSkipScoresCall<'a> {
+    /// Tokens.
+    pub n_tokens: usize,
+    /// Rows of the gate.
+    pub n_rows: usize,
+    /// Columns of the gate.
+    pub n_cols: usize,
+    /// The batch.
+    pub x: Quantised<'a>,
+    /// W_gate.
+    pub planes: DevicePlanes<'a>,
+    /// Thresholds on the score.
+    pub thresholds: DeviceThresholds<'a>,
+    /// `(n_tokens, n_rows)` u8; written.
+    pub skip: View<'a>,
+}
+
 #[repr(C)]
 struct PrefillEmbedArgs {
     tokens: u64,
@@ -253,6 +303,38 @@ struct PrefillSkipArgs {
     n_rows: i32,
     n_words: i32,
     limit: u32,
+}
+
+#[repr(C)]
+struct PrefillQuantiseArgs {
+    x: u64,
+    weight: u64,
+    planes: u64,
+    scales: u64,
+    n_cols: i32,
+    eps: f32,
+}
+
+#[repr(C)]
+struct PrefillSkipScoresArgs {
+    planes: u64,
+    scales: u64,
+    signs: u64,
+    low: u64,
+    limits: u64,
+    skip: u64,
+    n_tokens: i32,
+    n_rows: i32,
+    n_words: i32,
+    limit: u32,
+    n_planes: u32,
+}
+
+impl Quantised<'_> {
+    fn check(&self, n_tokens: usize, n_cols: usize) -> Result<(), CudaError> {
+        check("bytes of inputs in 8 bits", quantised_bytes(n_tokens, n_cols), self.planes.len_bytes())?;
+        check_floats("scales of inputs", n_tokens, self.scales)
+    }
 }
 
 impl Device {
@@ -457,6 +539,62 @@ impl Device {
         };
         // SAFETY: every length was checked above.
         unsafe { self.launch("prefill_skip", grid, THREADS, 0, &args) }
+    }
+
+    /// `out = rmsnorm(x)` of every token, in 8 bits.
+    ///
+    /// # Errors
+    /// [`CudaError::Shape`].
+    pub fn prefill_quantise(&self, call: &PrefillQuantiseCall<'_>) -> Result<(), CudaError> {
+        let n_cols = call.weight.len_bytes() / size_of::<f32>();
+        check_floats("norm weight", n_cols, call.weight)?;
+        check_floats("norm input", call.n_tokens * n_cols, call.x)?;
+        call.out.check(call.n_tokens, n_cols)?;
+        if call.n_tokens == 0 {
+            return Ok(());
+        }
+        let args = PrefillQuantiseArgs {
+            x: call.x.address(),
+            weight: call.weight.address(),
+            planes: call.out.planes.address(),
+            scales: call.out.scales.address(),
+            n_cols: n_cols as i32,
+            eps: call.eps,
+        };
+        // SAFETY: every length was checked above.
+        unsafe { self.launch("prefill_quantise", [call.n_tokens, 1, 1], THREADS, 0, &args) }
+    }
+
+    /// `skip[t, row] = score(t, row) < threshold(row) * scale(t)`.
+    ///
+    /// # Errors
+    /// [`CudaError::Shape`], [`CudaError::Unsupported`].
+    pub fn prefill_skip_scores(&self, call: &PrefillSkipScoresCall<'_>) -> Result<(), CudaError> {
+        let PrefillSkipScoresCall { n_tokens, n_rows, n_cols, planes, thresholds, .. } = *call;
+        let n_words = n_cols.div_ceil(WARP);
+        call.x.check(n_tokens, n_cols)?;
+        check("bytes of rows left out", n_tokens * n_rows, call.skip.len_bytes())?;
+        let rows = RowsArgs::new(&DeviceRows::Scored { planes, thresholds }, n_rows, n_words)?;
+        let grid = [n_rows.div_ceil(SKIP_TILE), n_tokens.div_ceil(SKIP_TILE), 1];
+        check_grid("tokens of a batch", grid[1], SKIP_TILE)?;
+        if n_tokens == 0 || n_rows == 0 {
+            return Ok(());
+        }
+        let args = PrefillSkipScoresArgs {
+            planes: call.x.planes.address(),
+            scales: call.x.scales.address(),
+            signs: rows.signs,
+            low: rows.low,
+            limits: rows.limits,
+            skip: call.skip.address(),
+            n_tokens: n_tokens as i32,
+            n_rows: n_rows as i32,
+            n_words: n_words as i32,
+            limit: rows.limit,
+            n_planes: rows.n_planes,
+        };
+        // SAFETY: every length was checked above.
+        unsafe { self.launch("prefill_skip_scores", grid, THREADS, 0, &args) }
     }
 
     /// Launches `kernel` of type `dtype` over `n_cols` columns of `n_tokens` tokens.

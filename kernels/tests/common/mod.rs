@@ -3,7 +3,7 @@
 #![allow(dead_code, reason = "each test binary uses its part")]
 
 use half::{bf16, f16};
-use kernels::{Elements, Limits, Matrix, Rows, SignMatrix, reference};
+use kernels::{BitPlanes, Elements, Limits, Matrix, Rows, SignMatrix, reference};
 
 /// Error of a float as a share of the sum of the magnitudes of its terms: the reference adds in f64, a backend in f32
 /// chains of at most a few thousand terms, each of which rounds by 2^-24 of a partial sum that is no larger than that.
@@ -99,4 +99,67 @@ pub(crate) fn rows_of<'a>(
         3 => Rows::Predicted { signs, limits: Limits::PerRow(per_row) },
         _ => Rows::Predicted { signs, limits: Limits::Layer(n_cols as u32) },
     }
+}
+
+/// `n_planes` planes of `n_rows` rows of random words, zero past the last column.
+pub(crate) fn random_planes(random: &mut Random, n_planes: usize, n_rows: usize, n_cols: usize) -> Vec<u32> {
+    let n_words = n_cols.div_ceil(32);
+    let tail = u32::MAX >> (n_words * 32 - n_cols);
+    (0..n_planes * n_rows * n_words)
+        .map(|idx| {
+            let word = (random.below(1 << 16) << 16 | random.below(1 << 16)) as u32;
+            if (idx + 1).is_multiple_of(n_words) { word & tail } else { word }
+        })
+        .collect()
+}
+
+/// Random words of `n_planes - 1` planes below the signs, zero past the last column.
+pub(crate) fn low_planes(random: &mut Random, n_planes: usize, n_rows: usize, n_cols: usize) -> Vec<u32> {
+    random_planes(random, n_planes - 1, n_rows, n_cols)
+}
+
+/// Integers from -127 to 127, 127 the first: what an input in 8 bits has, whatever it was multiplied by before.
+pub(crate) fn integers(random: &mut Random, n: usize) -> Vec<f32> {
+    (0..n).map(|i| if i == 0 { 127.0 } else { random.below(255) as f32 - 127.0 }).collect()
+}
+
+/// `(n_rows,)` thresholds for `x`, `margin` units of the score, and `relative` of it, to either side of what each row
+/// has. An input of integers keeps to its side at half a unit, one that a device normalises at some more.
+pub(crate) fn thresholds_beside(
+    planes: &BitPlanes<'_>,
+    x: &[f32],
+    [margin, relative]: [f64; 2],
+    random: &mut Random,
+) -> Vec<f32> {
+    let mut q = vec![0; x.len()];
+    let scale = reference::quantise(x, &mut q);
+    (0..planes.signs.n_rows)
+        .map(|row| {
+            let score = f64::from(reference::score(planes, row, &q));
+            let side = if random.below(2) == 0 { 1.0 } else { -1.0 };
+            let threshold = (score + side * (margin + relative * score.abs())) / f64::from(scale);
+            if threshold.is_finite() { threshold as f32 } else { 1.0 }
+        })
+        .collect()
+}
+
+/// The first few places where `got` is not `want`, for a test that looks at all its cases before it fails.
+pub(crate) fn differences<T: PartialEq + std::fmt::Debug>(
+    case: &str,
+    got: &[T],
+    want: &[T],
+) -> Option<String> {
+    if got.len() != want.len() {
+        return Some(format!("{case}: {} found, {} expected", got.len(), want.len()));
+    }
+    let differing: Vec<usize> = (0..got.len()).filter(|&i| got[i] != want[i]).collect();
+    let places = differing.iter().take(4).map(|&i| format!("[{i}] is {:?}, not {:?}", got[i], want[i]));
+    (!differing.is_empty()).then(|| {
+        format!(
+            "{case}: {} of {} differ: {}",
+            differing.len(),
+            want.len(),
+            places.collect::<Vec<_>>().join(", ")
+        )
+    })
 }

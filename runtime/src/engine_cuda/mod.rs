@@ -11,16 +11,16 @@ use std::thread;
 
 use format_spec::ModelConfig;
 use kernels::cuda::{
-    Buffer, Chosen, CudaError, Device, DeviceLimits, DeviceMatrix, DeviceRows, Dtype, Gemm, Graph,
-    HostBuffer, Mirror, Placement, UploadError, View,
+    Buffer, Chosen, CudaError, Device, DeviceLimits, DeviceMatrix, DevicePlanes, DeviceRows,
+    DeviceThresholds, Dtype, Gemm, Graph, HostBuffer, Mirror, Placement, UploadError, View,
 };
-use kernels::{Activation, AttentionShape, Elements, Matrix, MlpCounts, Rows, bytes};
+use kernels::{Activation, AttentionShape, BitPlanes, Elements, Matrix, MlpCounts, bytes};
 
 use self::decode::{DeviceSampler, Way};
 use self::prompt::Prompt;
 use crate::RuntimeError;
 use crate::engine::{Batch, BatchLogits, Engine, RowChoice};
-use crate::forward::RopeAngles;
+use crate::forward::{RopeAngles, rows_of};
 use crate::model::{LayerWeights, Model, Weights};
 use crate::sampler::{SampleError, SamplerOptions};
 use crate::session::{MlpObserver, SessionOptions, Usage};
@@ -59,7 +59,7 @@ struct ModelState<'m> {
     keys_and_values: Vec<[Buffer; 2]>,
     cos: Buffer,
     sin: Buffer,
-    /// Limits of rows, one buffer for each layer that has its own; none before a pass needed them.
+    /// Limits or thresholds of rows, one buffer for each layer that has its own; none before a pass needed them.
     limits: Option<Vec<Option<Buffer>>>,
     token: Buffer,
     ids: Buffer,
@@ -241,16 +241,15 @@ impl<'m> ModelState<'m> {
         })
     }
 
-    /// Brings the limits of the rows that have their own to the device, unless they are there.
+    /// Brings the limits and thresholds of the rows that have their own to the device, unless they are there.
     fn bring_limits(&mut self, rows: &[RowChoice]) -> Result<(), CudaError> {
         if self.limits.is_none() {
             let of_layer = |rows: &RowChoice| match rows {
                 RowChoice::RowLimits(limits) => self.device.upload(limits).map(Some),
-                RowChoice::All
-                | RowChoice::Active
-                | RowChoice::Limit(_)
-                | RowChoice::Threshold(_)
-                | RowChoice::RowThresholds(_) => Ok(None),
+                RowChoice::RowThresholds(thresholds) => self.device.upload(thresholds).map(Some),
+                RowChoice::All | RowChoice::Active | RowChoice::Limit(_) | RowChoice::Threshold(_) => {
+                    Ok(None)
+                }
             };
             self.limits = Some(rows.iter().map(of_layer).collect::<Result<_, _>>()?);
         }
@@ -277,44 +276,37 @@ impl<'m> ModelState<'m> {
 
     /// The rows of `layer` that `choice` selects.
     fn rows(&self, layer: usize, choice: &RowChoice) -> DeviceRows<'_> {
-        let predicted = |limits| {
-            let signs = self.weights.layers[layer]
-                .signs()
-                .expect("the reader checked that a layer with limits has signs");
-            DeviceRows::Predicted { signs: self.image.view(signs.words), limits }
+        let planes = || {
+            self.weights.layers[layer]
+                .planes
+                .expect("the reader checked that a layer with limits has sign words")
+        };
+        let predicted =
+            |limits| DeviceRows::Predicted { signs: self.image.view(planes().signs.words), limits };
+        let scored = |thresholds| {
+            let BitPlanes { signs, low } = planes();
+            let low = (!low.is_empty()).then(|| self.image.view(low));
+            let planes = DevicePlanes { signs: self.image.view(signs.words), low };
+            DeviceRows::Scored { planes, thresholds }
+        };
+        let of_rows = || {
+            let limits = self.limits.as_ref().and_then(|limits| limits[layer].as_ref());
+            limits.expect("bring_limits comes first").view()
         };
         match choice {
             RowChoice::All => DeviceRows::All,
-            // No kernel scores rows: the session asks `has_scores` first.
-            RowChoice::Active | RowChoice::Threshold(_) | RowChoice::RowThresholds(_) => DeviceRows::Active,
+            RowChoice::Active => DeviceRows::Active,
             RowChoice::Limit(limit) => predicted(DeviceLimits::Layer(*limit)),
-            RowChoice::RowLimits(_) => {
-                let limits = self.limits.as_ref().and_then(|limits| limits[layer].as_ref());
-                predicted(DeviceLimits::PerRow(limits.expect("bring_limits comes first").view()))
-            }
+            RowChoice::RowLimits(_) => predicted(DeviceLimits::PerRow(of_rows())),
+            RowChoice::Threshold(threshold) => scored(DeviceThresholds::Layer(*threshold)),
+            RowChoice::RowThresholds(_) => scored(DeviceThresholds::PerRow(of_rows())),
         }
     }
 
     /// Bytes that `layer` needed of its MLP for a token.
     fn mlp_bytes(&self, layer: usize, rows: &RowChoice, counts: &MlpCounts) -> u64 {
         let w = &self.weights.layers[layer];
-        match rows {
-            RowChoice::All => bytes::mlp(&w.mlp, &Rows::All, counts),
-            RowChoice::Active | RowChoice::Threshold(_) | RowChoice::RowThresholds(_) => {
-                bytes::mlp(&w.mlp, &Rows::Active, counts)
-            }
-            RowChoice::Limit(_) | RowChoice::RowLimits(_) => {
-                let signs = w.signs().map_or(0, |signs| size_of_val(signs.words) as u64);
-                let limits = match rows {
-                    RowChoice::RowLimits(limits) => size_of_val(limits.as_slice()) as u64,
-                    _ => 0,
-                };
-                let kept = bytes::matrix(&Matrix { n_rows: counts.n_kept, ..w.mlp.gate });
-                let up = bytes::matrix(&Matrix { n_rows: counts.n_active, ..w.mlp.up });
-                let down = bytes::matrix(&Matrix { n_rows: counts.n_active, ..w.mlp.down_t });
-                signs + limits + kept + up + down
-            }
-        }
+        bytes::mlp(&w.mlp, &rows_of(rows, w), counts)
     }
 }
 
@@ -325,10 +317,6 @@ impl<'m> Engine<'m> for CudaEngine<'m> {
 
     fn describe(&self) -> String {
         format!("cuda:{} ({})", self.state.ordinal, self.state.device.info().name)
-    }
-
-    fn has_scores(&self) -> bool {
-        false
     }
 
     fn has_low_rank(&self) -> bool {

@@ -4,7 +4,7 @@
 //! x = embedding[tokens]
 //! per layer:  n = rmsnorm(x), rounded              [q k v] = n Wᵀ, in one product where they are neighbours
 //!             rotate q and k, append k and v       x += attention W_oᵀ
-//!             n = rmsnorm(x), rounded, its signs   [gate up] = n Wᵀ
+//!             n = rmsnorm(x), rounded, its signs   [gate up] = n Wᵀ                   (or n in 8 bits)
 //!             h = act(gate) * up, rounded          x += h W_down
 //! ```
 //!
@@ -14,8 +14,8 @@
 use format_spec::ModelConfig;
 use kernels::cuda::{
     Buffer, CudaError, Device, DeviceMatrix, DeviceRows, Dtype, FloatRows, Gemm, GemmCall, MatvecCall,
-    PrefillAttentionCall, PrefillGatedCall, PrefillNormCall, PrefillRopeCall, PrefillSkipCall, View,
-    rounded_bytes,
+    PrefillAttentionCall, PrefillGatedCall, PrefillNormCall, PrefillQuantiseCall, PrefillRopeCall,
+    PrefillSkipCall, PrefillSkipScoresCall, Quantised, View, quantised_bytes, rounded_bytes,
 };
 use kernels::{AttentionShape, Cpu};
 
@@ -42,6 +42,7 @@ pub(super) struct Sizes {
     x: usize,
     normed: usize,
     signs: usize,
+    scales: usize,
     qkv: usize,
     rotated: usize,
     attended: usize,
@@ -58,8 +59,10 @@ struct Buffers {
     x: Buffer,
     /// Rounded.
     normed: Buffer,
-    /// Sign words of `normed`.
+    /// Sign words of the norm, or the norm in 8 bits.
     signs: Buffer,
+    /// Of the norm in 8 bits, f32.
+    scales: Buffer,
     /// f32.
     qkv: Buffer,
     /// Queries, of the cache's type.
@@ -109,7 +112,9 @@ impl Sizes {
             tokens: words(1),
             x: words(d),
             normed: words(d),
-            signs: words(d.div_ceil(32)),
+            // More than the sign words.
+            signs: quantised_bytes(n_batch_max, d),
+            scales: words(1),
             qkv: words(q_width + 2 * kv_width),
             rotated: words(q_width),
             attended: words(q_width),
@@ -121,8 +126,8 @@ impl Sizes {
 
     /// Bytes of all.
     pub(super) fn n_bytes(&self) -> usize {
-        let Self { tokens, x, normed, signs, qkv, rotated, attended, gate_up, skip, h } = self;
-        tokens + x + normed + signs + qkv + rotated + attended + gate_up + skip + h
+        let Self { tokens, x, normed, signs, scales, qkv, rotated, attended, gate_up, skip, h } = self;
+        tokens + x + normed + signs + scales + qkv + rotated + attended + gate_up + skip + h
     }
 }
 
@@ -133,6 +138,7 @@ impl Buffers {
             x: device.alloc(sizes.x)?,
             normed: device.alloc(sizes.normed)?,
             signs: device.alloc(sizes.signs)?,
+            scales: device.alloc(sizes.scales)?,
             qkv: device.alloc(sizes.qkv)?,
             rotated: device.alloc(sizes.rotated)?,
             attended: device.alloc(sizes.attended)?,
@@ -270,9 +276,9 @@ impl Prompt {
             matrices,
             &buffers.gate_up,
         )?;
+        let skip = buffers.skip.view().slice(0, n_tokens * n_rows);
         let skip = match rows {
             DeviceRows::Predicted { signs: w_signs, limits } => {
-                let skip = buffers.skip.view().slice(0, n_tokens * n_rows);
                 device.prefill_skip(&PrefillSkipCall {
                     n_tokens,
                     n_rows,
@@ -280,6 +286,30 @@ impl Prompt {
                     x_signs,
                     w_signs,
                     limits,
+                    skip,
+                })?;
+                Some(skip)
+            }
+            DeviceRows::Scored { planes, thresholds } => {
+                let quantised = Quantised {
+                    planes: buffers.signs.view().slice(0, quantised_bytes(n_tokens, d)),
+                    scales: buffers.scales.view().slice(0, n_tokens * size_of::<f32>()),
+                };
+                let weight = state.floats(w.mlp_norm);
+                device.prefill_quantise(&PrefillQuantiseCall {
+                    x,
+                    weight,
+                    eps: state.eps,
+                    n_tokens,
+                    out: quantised,
+                })?;
+                device.prefill_skip_scores(&PrefillSkipScoresCall {
+                    n_tokens,
+                    n_rows,
+                    n_cols: d,
+                    x: quantised,
+                    planes,
+                    thresholds,
                     skip,
                 })?;
                 Some(skip)
