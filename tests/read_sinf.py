@@ -19,10 +19,12 @@ MODEL_FIELDS = ("hidden_size intermediate_size num_hidden_layers num_attention_h
                 "vocab_size max_position_embeddings").split()
 KINDS = {1: "embedding", 2: "final_norm", 3: "lm_head", 16: "attn_norm", 17: "w_q", 18: "w_k", 19: "w_v", 20: "w_o",
          32: "mlp_norm", 33: "gate_signs", 34: "w_gate", 35: "w_up", 36: "w_down_t", 37: "gate_limits",
-         38: "gate_planes", 39: "gate_offsets", 64: "predictors", 65: "calibration_curves", 66: "budget_curve", 80: "tokenizer", 81: "provenance"}
+         38: "gate_planes", 39: "gate_offsets", 40: "gate_fc1", 41: "gate_fc2",
+         42: "residual_signs", 43: "residual_scales", 64: "predictors", 65: "calibration_curves", 66: "budget_curve", 80: "tokenizer", 81: "provenance"}
 DTYPES = {1: np.dtype("u1"), 2: np.dtype("<u4"), 16: np.dtype("<f4"), 17: np.dtype("<f2"), 18: np.dtype("<u2")}
 ACTIVATIONS = {1: "relu", 2: "fatrelu", 3: "silu"}
-PREDICTORS = {0: "off", 1: "sign", 2: "sign_per_row", 3: "sign_x8", 5: "w2", 6: "w3"}
+PREDICTORS = {0: "off", 1: "sign", 2: "sign_per_row", 3: "sign_x8", 4: "low_rank", 5: "w2", 6: "w3",
+              7: "low_rank_relu", 8: "low_rank_sign"}
 SHARES = ("rows_active", "rows_kept", "recall", "missed_energy")
 NONE = 0xFFFFFFFF
 
@@ -60,6 +62,7 @@ class Sinf:
         self.read_sections(table, n_sections, alignment)
         self.predictors = [self.record(bytes(row)) for row in self.tensors["predictors", None]]
         self.check_signs()
+        self.check_factors()
 
     def read_sections(self, table, n_sections, alignment):
         self.tensors, self.checksums, end = {}, {}, 256
@@ -103,6 +106,25 @@ class Sinf:
                 negative = np.pad(negative, ((0, 0), (0, -negative.shape[1] % 32)))
                 packed = np.packbits(negative, axis=1, bitorder="little").view("<u4")
                 expect(np.array_equal(packed, words), f"sign words of layer {layer} are not the signs of w_gate")
+
+    def check_factors(self):
+        """The factors of low rank are there where a predictor reads them, and fit each other."""
+        d, f = self.config["hidden_size"], self.config["intermediate_size"]
+        for layer, record in enumerate(self.predictors):
+            fc1, fc2 = (self.tensors.get((kind, layer)) for kind in ("gate_fc1", "gate_fc2"))
+            if record["kind"].startswith("low_rank"):
+                expect(fc1 is not None and fc2 is not None, f"layer {layer} lacks a factor of low rank")
+                expect(fc1.shape[0] <= d and fc1.shape[1] == d and fc2.shape == (f, fc1.shape[0]),
+                       f"the factors of layer {layer} do not fit")
+            else:
+                expect(fc1 is None and fc2 is None, f"layer {layer} has a factor that its predictor does not read")
+            signs, scales = (self.tensors.get((kind, layer)) for kind in ("residual_signs", "residual_scales"))
+            is_read = record["kind"] == "low_rank_sign"
+            expect((signs is not None) == is_read and (scales is not None) == is_read,
+                   f"layer {layer} and its residual signs do not fit")
+            if is_read:
+                expect(signs.shape == (f, -(-d // 32)) and scales.shape == (f,) and np.isfinite(scales).all(),
+                       f"the residual signs of layer {layer} do not fit")
 
     def check_sums(self):
         """Names of what was checked; neither hash is in the standard library."""

@@ -33,13 +33,32 @@ pub enum PredictorKind {
     SignPerRow = 2,
     /// Skip row i when its signs times the input in 8 bits are below the threshold.
     SignX8 = 3,
+    /// Skip row i when `fc2[i] (fc1 x)` is below the threshold, with the factors of `GateFc1` and `GateFc2`.
+    LowRank = 4,
     /// As `SignX8`, with W_gate in 2 bits: the signs and one plane of `GatePlanes`.
     W2 = 5,
     /// As `SignX8`, with W_gate in 3 bits: the signs and two planes of `GatePlanes`.
     W3 = 6,
+    /// As `LowRank`, with the negative elements of `fc1 x` at 0: the small networks of PowerInfer (arXiv 2312.12456).
+    LowRankRelu = 7,
+    /// As `LowRank`, with the signs of what the factors leave of W_gate, times a scale for each row, added to the score.
+    LowRankSign = 8,
 }
 
 impl PredictorKind {
+    /// Every kind, by code.
+    pub const ALL: [Self; 9] = [
+        Self::Off,
+        Self::Sign,
+        Self::SignPerRow,
+        Self::SignX8,
+        Self::LowRank,
+        Self::W2,
+        Self::W3,
+        Self::LowRankRelu,
+        Self::LowRankSign,
+    ];
+
     /// Lower-case name, as in messages and `prep inspect`.
     pub fn name(self) -> &'static str {
         match self {
@@ -49,6 +68,9 @@ impl PredictorKind {
             Self::SignX8 => "sign_x8",
             Self::W2 => "w2",
             Self::W3 => "w3",
+            Self::LowRank => "low_rank",
+            Self::LowRankRelu => "low_rank_relu",
+            Self::LowRankSign => "low_rank_sign",
         }
     }
 
@@ -57,10 +79,11 @@ impl PredictorKind {
         self as u32
     }
 
-    /// Bits of an element of W_gate that a score is made of, signs included; 0 for the kinds without a score.
+    /// Bits of an element of W_gate that a score is made of, signs included; 0 for the kinds without bits or score.
     pub fn n_planes(self) -> u32 {
         match self {
             Self::Off | Self::Sign | Self::SignPerRow => 0,
+            Self::LowRank | Self::LowRankRelu | Self::LowRankSign => 0,
             Self::SignX8 => 1,
             Self::W2 => 2,
             Self::W3 => 3,
@@ -69,7 +92,17 @@ impl PredictorKind {
 
     /// True for the kinds that skip rows of a low score.
     pub fn has_score(self) -> bool {
-        self.n_planes() > 0
+        self.n_planes() > 0 || self.has_factors()
+    }
+
+    /// True for the kinds whose score is made of two factors.
+    pub fn has_factors(self) -> bool {
+        matches!(self, Self::LowRank | Self::LowRankRelu | Self::LowRankSign)
+    }
+
+    /// True for the kinds whose score has a part made of residual signs.
+    pub fn has_residual(self) -> bool {
+        self == Self::LowRankSign
     }
 }
 
@@ -170,17 +203,9 @@ impl PredictorRecord {
     }
 
     fn parse(at: RecordPlace, block: &[u8; RECORD_LEN]) -> Result<Self, FormatError> {
-        let kind = match KIND.u32(block) {
-            0 => PredictorKind::Off,
-            1 => PredictorKind::Sign,
-            2 => PredictorKind::SignPerRow,
-            3 => PredictorKind::SignX8,
-            5 => PredictorKind::W2,
-            6 => PredictorKind::W3,
-            4 => return Err(at.reserved(4, "low-rank parts")),
-            found => {
-                return Err(FormatError::UnknownCode { place: at.of(KIND), field: "predictor kind", found });
-            }
+        let found = KIND.u32(block);
+        let Some(kind) = PredictorKind::ALL.into_iter().find(|kind| kind.code() == found) else {
+            return Err(FormatError::UnknownCode { place: at.of(KIND), field: "predictor kind", found });
         };
         if let Some(byte) = RESERVED.first_nonzero(block, 0) {
             return Err(FormatError::Reserved { place: at.byte(byte as usize) });
@@ -371,11 +396,9 @@ pub(crate) fn parse_budget(
 
 /// Something that a predictor of `kind` compares with.
 fn is_limit(value: f32, kind: PredictorKind, config: &ModelConfig) -> bool {
-    match kind {
-        PredictorKind::SignX8 | PredictorKind::W2 | PredictorKind::W3 => !value.is_nan(),
-        PredictorKind::Off | PredictorKind::Sign | PredictorKind::SignPerRow => {
-            value >= 0.0 && value <= config.hidden_size as f32 && value.fract() == 0.0
-        }
+    match kind.has_score() {
+        true => !value.is_nan(),
+        false => value >= 0.0 && value <= config.hidden_size as f32 && value.fract() == 0.0,
     }
 }
 
@@ -402,10 +425,6 @@ impl RecordPlace {
 
     fn byte(self, at: usize) -> Place {
         self.start.plus(self.layer as usize * RECORD_LEN + at)
-    }
-
-    fn reserved(self, found: u32, meaning: &'static str) -> FormatError {
-        FormatError::ReservedCode { place: self.of(KIND), field: "predictor kind", found, meaning }
     }
 }
 

@@ -493,7 +493,7 @@ pub enum FormatError {
         max: u32,
     },
     /// An offset per row is not finite.
-    #[error("{place}: the offset of row {row} is {found}, expected a finite number")]
+    #[error("{place}: the value of row {row} is {found}, expected a finite number")]
     GateOffset {
         /// Where.
         place: Place,
@@ -513,6 +513,26 @@ pub enum FormatError {
         expected: u64,
         /// Name of the predictor.
         kind: &'static str,
+    },
+    /// A layer has a part of a predictor of low rank that its own does not read.
+    #[error("{} of layer {layer}: expected no such section for predictor {kind}", section.name())]
+    GateFactors {
+        /// The layer.
+        layer: u32,
+        /// The part.
+        section: SectionKind,
+        /// Name of the predictor.
+        kind: &'static str,
+    },
+    /// The factors of a layer do not fit each other.
+    #[error("gate_fc2 of layer {layer}: {found} columns, expected {expected}, the rows of gate_fc1")]
+    GateRank {
+        /// The layer.
+        layer: u32,
+        /// Columns of the second factor.
+        found: u64,
+        /// Rows of the first.
+        expected: u64,
     },
     /// A value of the budget curve is out of its range.
     #[error("{place}: budget curve, point {point}: {field} is {found}, expected {expected}")]

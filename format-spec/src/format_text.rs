@@ -73,8 +73,7 @@ fn codes_are_those_of_the_text() {
         let text = format!("{code} {}", activation.name());
         assert!(rows("| offset |", "## 3. Header").iter().any(|row| row[4].contains(&text)), "{text}");
     }
-    use PredictorKind::{Off, Sign, SignPerRow, SignX8, W2, W3};
-    for kind in [Off, Sign, SignPerRow, SignX8, W2, W3] {
+    for kind in PredictorKind::ALL {
         let text = format!("{} {}", kind.code(), kind.name().replace('_', " "));
         assert!(rows("| offset |", "## 7. Predictors").iter().any(|row| row[4].contains(&text)), "{text}");
     }

@@ -37,4 +37,4 @@ pub use section::{Encoding, Section, SectionKind, Shape};
 pub use writer::{SectionSpec, Tail, Writer};
 
 /// `(major, minor)` written by this crate. A reader refuses a newer major and accepts any minor of its own major.
-pub const FORMAT_VERSION: (u16, u16) = (1, 1);
+pub const FORMAT_VERSION: (u16, u16) = (1, 2);

@@ -197,6 +197,15 @@ pub(crate) fn check_predictor_sections(
             PredictorKind::Sign | PredictorKind::SignX8 => &[SectionKind::GateSigns],
             PredictorKind::SignPerRow => &[SectionKind::GateSigns, SectionKind::GateLimits],
             PredictorKind::W2 | PredictorKind::W3 => &[SectionKind::GateSigns, SectionKind::GatePlanes],
+            PredictorKind::LowRank | PredictorKind::LowRankRelu => {
+                &[SectionKind::GateFc1, SectionKind::GateFc2]
+            }
+            PredictorKind::LowRankSign => &[
+                SectionKind::GateFc1,
+                SectionKind::GateFc2,
+                SectionKind::ResidualSigns,
+                SectionKind::ResidualScales,
+            ],
         };
         let is_missing = |kind: &&SectionKind| shape(**kind, Some(layer)).is_none();
         if let Some(&kind) = needed.iter().find(is_missing) {
@@ -208,13 +217,31 @@ pub(crate) fn check_predictor_sections(
             let kind = record.kind.name();
             return Err(FormatError::GatePlanes { layer, found: n_planes, expected, kind });
         }
+        let factors = [SectionKind::GateFc1, SectionKind::GateFc2];
+        let [fc1, fc2] = factors.map(|kind| shape(kind, Some(layer)));
+        let residual = [SectionKind::ResidualSigns, SectionKind::ResidualScales];
+        let mut read_by_few = factors
+            .map(|kind| (kind, record.kind.has_factors()))
+            .into_iter()
+            .chain(residual.map(|kind| (kind, record.kind.has_residual())));
+        let stray = read_by_few.find(|&(kind, is_read)| !is_read && shape(kind, Some(layer)).is_some());
+        if let Some((section, _)) = stray {
+            return Err(FormatError::GateFactors { layer, section, kind: record.kind.name() });
+        }
+        if let (Some(fc1), Some(fc2)) = (fc1, fc2) {
+            let (found, expected) = (fc2.dims()[1], fc1.dims()[0]);
+            if found != expected {
+                return Err(FormatError::GateRank { layer, found, expected });
+            }
+        }
     }
     Ok(())
 }
 
 fn check_signs(table: &Table, file: &[u8], config: &ModelConfig) -> Result<(), FormatError> {
     let n_cols = config.hidden_size;
-    let planes = table.of_kind(SectionKind::GateSigns).chain(table.of_kind(SectionKind::GatePlanes));
+    let kinds = [SectionKind::GateSigns, SectionKind::GatePlanes, SectionKind::ResidualSigns];
+    let planes = kinds.into_iter().flat_map(|kind| table.of_kind(kind));
     for Entry { section, extent } in planes {
         if let Some((row, found)) = signs::first_stray_tail(section.bytes(file), n_cols) {
             let row_bytes = signs::n_words(n_cols) as usize * 4;
@@ -238,7 +265,8 @@ fn check_limits(table: &Table, file: &[u8], config: &ModelConfig) -> Result<(), 
 }
 
 fn check_offsets(table: &Table, file: &[u8]) -> Result<(), FormatError> {
-    for Entry { section, extent } in table.of_kind(SectionKind::GateOffsets) {
+    let kinds = [SectionKind::GateOffsets, SectionKind::ResidualScales];
+    for Entry { section, extent } in kinds.into_iter().flat_map(|kind| table.of_kind(kind)) {
         let offsets = section.bytes(file).as_chunks::<4>().0.iter().map(|&offset| f32::from_le_bytes(offset));
         if let Some((row, found)) = (0..).zip(offsets).find(|(_, offset)| !offset.is_finite()) {
             let place = extent.place().plus(row as usize * 4);

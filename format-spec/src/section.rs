@@ -42,6 +42,14 @@ pub enum SectionKind {
     GatePlanes = 38,
     /// Per-row offsets on the threshold of a score, `(f,)` f32; a layer with such a predictor may have them.
     GateOffsets = 39,
+    /// First factor of a predictor of low rank, `(r, d)` f16; present where the predictor kind asks for it.
+    GateFc1 = 40,
+    /// Second factor, `(f, r)` f16; present with the first.
+    GateFc2 = 41,
+    /// Sign words of what the factors leave of W_gate, `(f, w)` u32; present where the predictor kind asks for them.
+    ResidualSigns = 42,
+    /// What a row's residual signs count, `(f,)` f32; present with them.
+    ResidualScales = 43,
     /// One 64-byte predictor record per layer, `(L, 64)` u8.
     Predictors = 64,
     /// Curves of the calibration, `(L, points, 4)` f32; optional.
@@ -56,7 +64,7 @@ pub enum SectionKind {
 
 impl SectionKind {
     /// Every kind, by code.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 25] = [
         Self::Embedding,
         Self::FinalNorm,
         Self::LmHead,
@@ -73,6 +81,10 @@ impl SectionKind {
         Self::GateLimits,
         Self::GatePlanes,
         Self::GateOffsets,
+        Self::GateFc1,
+        Self::GateFc2,
+        Self::ResidualSigns,
+        Self::ResidualScales,
         Self::Predictors,
         Self::CalibrationCurves,
         Self::BudgetCurve,
@@ -99,6 +111,10 @@ impl SectionKind {
             Self::GateLimits => "gate_limits",
             Self::GatePlanes => "gate_planes",
             Self::GateOffsets => "gate_offsets",
+            Self::GateFc1 => "gate_fc1",
+            Self::GateFc2 => "gate_fc2",
+            Self::ResidualSigns => "residual_signs",
+            Self::ResidualScales => "residual_scales",
             Self::Predictors => "predictors",
             Self::CalibrationCurves => "calibration_curves",
             Self::BudgetCurve => "budget_curve",
@@ -119,7 +135,7 @@ impl SectionKind {
 
     /// True for the kinds that every layer has of its own.
     pub fn is_per_layer(self) -> bool {
-        (Self::AttnNorm..=Self::GateOffsets).contains(&self)
+        (Self::AttnNorm..=Self::ResidualScales).contains(&self)
     }
 
     /// True for the kinds that [`crate::Writer::seal`] writes, after the weights.
@@ -147,9 +163,11 @@ impl SectionKind {
             | Self::AttnNorm
             | Self::MlpNorm
             | Self::GateOffsets
+            | Self::ResidualScales
             | Self::CalibrationCurves
             | Self::BudgetCurve => &[DType::F32],
-            Self::GateSigns | Self::GateLimits | Self::GatePlanes => &[DType::U32],
+            Self::GateSigns | Self::GateLimits | Self::GatePlanes | Self::ResidualSigns => &[DType::U32],
+            Self::GateFc1 | Self::GateFc2 => &[DType::F16],
             Self::Predictors | Self::Tokenizer | Self::Provenance => &[DType::U8],
             Self::Embedding
             | Self::LmHead
@@ -174,11 +192,13 @@ impl SectionKind {
             Self::WQ => &[config.q_size(), d],
             Self::WK | Self::WV => &[config.kv_size(), d],
             Self::WO => &[d, config.q_size()],
-            Self::GateSigns => &[f, u64::from(signs::n_words(config.hidden_size))],
+            Self::GateSigns | Self::ResidualSigns => &[f, u64::from(signs::n_words(config.hidden_size))],
             Self::WGate | Self::WUp | Self::WDownT => &[f, d],
-            Self::GateLimits | Self::GateOffsets => &[f],
+            Self::GateLimits | Self::GateOffsets | Self::ResidualScales => &[f],
             Self::Predictors => &[u64::from(config.num_hidden_layers), RECORD_LEN as u64],
             Self::GatePlanes
+            | Self::GateFc1
+            | Self::GateFc2
             | Self::CalibrationCurves
             | Self::BudgetCurve
             | Self::Tokenizer

@@ -147,7 +147,11 @@ pub(crate) fn check_presence(
         SectionKind::GateSigns
         | SectionKind::GateLimits
         | SectionKind::GatePlanes
-        | SectionKind::GateOffsets => false,
+        | SectionKind::GateOffsets
+        | SectionKind::GateFc1
+        | SectionKind::GateFc2
+        | SectionKind::ResidualSigns
+        | SectionKind::ResidualScales => false,
         kind => kind.is_required(),
     };
     let (per_layer, whole): (Vec<_>, Vec<_>) =
@@ -225,6 +229,16 @@ fn check_shape(
             let (n_rows, n_words) = (u64::from(n_rows), u64::from(n_words));
             let fits = dims.len() == 3 && (1..=2).contains(&dims[0]) && dims[1..] == [n_rows, n_words];
             if fits { Ok(()) } else { refuse(format!("[1 or 2, {n_rows}, {n_words}]")) }
+        }
+        None if section.kind == SectionKind::GateFc1 => {
+            let n_cols = u64::from(config.hidden_size);
+            let fits = dims.len() == 2 && dims[0] <= n_cols && dims[1] == n_cols;
+            if fits { Ok(()) } else { refuse(format!("[rank up to {n_cols}, {n_cols}]")) }
+        }
+        None if section.kind == SectionKind::GateFc2 => {
+            let (n_rows, n_cols) = (u64::from(config.intermediate_size), u64::from(config.hidden_size));
+            let fits = dims.len() == 2 && dims[0] == n_rows && dims[1] <= n_cols;
+            if fits { Ok(()) } else { refuse(format!("[{n_rows}, rank up to {n_cols}]")) }
         }
         None if dims.len() != 1 => refuse("[bytes]".to_owned()),
         None => Ok(()),

@@ -15,7 +15,7 @@ pub fn mlp(w: &MlpWeights<'_>, rows: &Rows<'_>, counts: &MlpCounts) -> u64 {
     match rows {
         Rows::All => matrix(&w.gate) + matrix(&w.up) + matrix(&w.down_t),
         Rows::Active => matrix(&w.gate) + active,
-        Rows::Predicted { .. } | Rows::Scored { .. } => {
+        Rows::Predicted { .. } | Rows::Scored { .. } | Rows::LowRank { .. } => {
             predictor(rows) + self::rows(&w.gate, counts.n_kept) + active
         }
     }
@@ -38,12 +38,14 @@ pub fn predictor(rows: &Rows<'_>) -> u64 {
                 }
         }
         Rows::Scored { planes, thresholds } => {
-            size_of_val(planes.signs.words)
-                + size_of_val(planes.low)
-                + match thresholds {
-                    Thresholds::Layer(_) => 0,
-                    Thresholds::PerRow(thresholds) => size_of_val(*thresholds),
-                }
+            size_of_val(planes.signs.words) + size_of_val(planes.low) + self::thresholds(thresholds)
+        }
+        Rows::LowRank { factors, thresholds } => {
+            let residual = factors
+                .residual
+                .map_or(0, |residual| size_of_val(residual.signs.words) + size_of_val(residual.scales));
+            let bytes = residual + self::thresholds(thresholds);
+            return matrix(&factors.fc1) + matrix(&factors.fc2) + bytes as u64;
         }
     };
     bytes as u64
@@ -54,6 +56,14 @@ pub fn kv(shape: &AttentionShape, element_bytes: usize, n_positions: usize) -> u
     (2 * shape.n_kv_heads * shape.head_dim * element_bytes) as u64 * n_positions as u64
 }
 
+/// Those that rows have of their own.
+fn thresholds(thresholds: &Thresholds<'_>) -> usize {
+    match thresholds {
+        Thresholds::Layer(_) => 0,
+        Thresholds::PerRow(thresholds) => size_of_val(*thresholds),
+    }
+}
+
 /// `n_rows` rows of `w`.
 fn rows(w: &Matrix<'_>, n_rows: usize) -> u64 {
     n_rows as u64 * w.n_cols as u64 * w.data.element_bytes() as u64
@@ -62,13 +72,13 @@ fn rows(w: &Matrix<'_>, n_rows: usize) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{BitPlanes, Elements, SignMatrix};
+    use crate::{BitPlanes, Elements, LowRank, Residual, SignMatrix};
 
     #[test]
     fn an_mlp_moves_the_rows_it_counts() {
-        let gate = [half::f16::ZERO; 7 * 40];
+        let gate_bytes = [half::f16::ZERO; 7 * 40];
         let down = [0.0f32; 7 * 40];
-        let gate = Matrix { data: Elements::F16(&gate), n_rows: 7, n_cols: 40 };
+        let gate = Matrix { data: Elements::F16(&gate_bytes), n_rows: 7, n_cols: 40 };
         let down_t = Matrix { data: Elements::F32(&down), n_rows: 7, n_cols: 40 };
         let w = MlpWeights { gate, up: gate, down_t };
         let counts = MlpCounts { n_kept: 5, n_active: 3 };
@@ -86,6 +96,16 @@ mod tests {
         assert_eq!(mlp(&w, &layer, &counts), 3 * 56 + 5 * 80 + 3 * (80 + 160));
         let per_row = Rows::Scored { planes, thresholds: Thresholds::PerRow(&[0.0; 7]) };
         assert_eq!(predictor(&per_row), 28 + 3 * 56);
+        let fc1 = Matrix { n_rows: 3, data: Elements::F16(&gate_bytes[..3 * 40]), ..gate };
+        let fc2 = Matrix { data: Elements::F16(&gate_bytes[..7 * 3]), n_rows: 7, n_cols: 3 };
+        let factors = LowRank { fc1, fc2, relu: true, residual: None };
+        let low_rank = Rows::LowRank { factors, thresholds: Thresholds::PerRow(&[0.0; 7]) };
+        assert_eq!(predictor(&low_rank), 2 * (3 * 40 + 7 * 3) + 28);
+        let residual = Some(Residual { signs, scales: &[0.0; 7] });
+        let with_signs = LowRank { residual, ..factors };
+        let with_signs = Rows::LowRank { factors: with_signs, thresholds: Thresholds::PerRow(&[0.0; 7]) };
+        assert_eq!(predictor(&with_signs), predictor(&low_rank) + 56 + 28);
+        assert_eq!(mlp(&w, &low_rank, &counts), predictor(&low_rank) + 5 * 80 + 3 * (80 + 160));
         let found = MlpAudit { n_skipped: 2, n_missed: 1, ..MlpAudit::default() };
         assert_eq!(audit(&w, &found), 2 * 80 + 80 + 160);
     }

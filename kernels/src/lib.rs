@@ -12,6 +12,6 @@ pub mod shape;
 
 pub use cpu::{AttentionScratch, Cpu, Isa, MlpScratch};
 pub use shape::{
-    Activation, AttentionShape, BitPlanes, Elements, Limits, Matrix, Matvec, MlpAudit, MlpCounts, MlpWeights,
-    PLANES_MAX, Rows, ShapeError, SignMatrix, Thresholds,
+    Activation, AttentionShape, BitPlanes, Elements, Limits, LowRank, Matrix, Matvec, MlpAudit, MlpCounts,
+    MlpWeights, PLANES_MAX, Residual, Rows, ShapeError, SignMatrix, Thresholds,
 };

@@ -3,8 +3,8 @@
 //! Sums run in f64 so that the reference is closer to the exact result than any backend.
 
 use crate::{
-    Activation, AttentionShape, BitPlanes, Elements, Limits, Matrix, MlpAudit, MlpCounts, MlpWeights, Rows,
-    SignMatrix, Thresholds,
+    Activation, AttentionShape, BitPlanes, Elements, Limits, LowRank, Matrix, MlpAudit, MlpCounts,
+    MlpWeights, Residual, Rows, SignMatrix, Thresholds, shape::DOT_CHAINS,
 };
 
 /// `sum_c w[row, c] * x[c]`.
@@ -155,6 +155,50 @@ pub fn predict_scores(
     }
 }
 
+/// `sum_c w[row, c] * x[c]` in the one order that all backends keep: column c goes to sum c mod [`DOT_CHAINS`], and in the
+/// end sum j takes sum j + h for h = 16, 8, 4, 2, 1. Every operation is one of f32.
+pub fn ordered_dot(w: &Matrix<'_>, row: usize, x: &[f32]) -> f32 {
+    let mut sums = [0.0_f32; DOT_CHAINS];
+    for (col, x) in x.iter().enumerate() {
+        sums[col % DOT_CHAINS] += w.data.get(row * w.n_cols + col) * x;
+    }
+    let mut half = DOT_CHAINS / 2;
+    while half > 0 {
+        for j in 0..half {
+            sums[j] += sums[j + half];
+        }
+        half /= 2;
+    }
+    sums[0]
+}
+
+/// `score = fc2 act(fc1 x)`, with act the identity or max(v, 0); with a residual, plus `(s (1 / scale)) e` for the score s of
+/// its signs with x in 8 bits and e the row's scale. Source: Deja Vu, arXiv 2310.17157, whose small networks
+/// have no activation, and PowerInfer, arXiv 2312.12456, whose have.
+pub fn low_rank_scores(factors: &LowRank<'_>, x: &[f32]) -> Vec<f32> {
+    let act = |v: f32| if factors.relu && v < 0.0 { 0.0 } else { v };
+    let inner: Vec<f32> = (0..factors.fc1.n_rows).map(|k| act(ordered_dot(&factors.fc1, k, x))).collect();
+    let mut scores: Vec<f32> =
+        (0..factors.fc2.n_rows).map(|row| ordered_dot(&factors.fc2, row, &inner)).collect();
+    if let Some(Residual { signs, scales }) = factors.residual {
+        let mut q = vec![0; x.len()];
+        let scale = quantise(x, &mut q);
+        let unit = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+        let planes = BitPlanes { signs, low: &[] };
+        for (row, (sum, weight)) in scores.iter_mut().zip(scales).enumerate() {
+            *sum += score(&planes, row, &q) as f32 * unit * weight;
+        }
+    }
+    scores
+}
+
+/// `skip[row]` iff `score(row) < threshold(row)`.
+pub fn predict_low_rank(factors: &LowRank<'_>, thresholds: &Thresholds<'_>, x: &[f32], skip: &mut [bool]) {
+    for (row, (skip, score)) in skip.iter_mut().zip(low_rank_scores(factors, x)).enumerate() {
+        *skip = score < thresholds.of(row);
+    }
+}
+
 /// `skip[row]` of what `rows` predicts for `x`; nothing is skipped without a prediction.
 pub fn skipped(rows: &Rows<'_>, n_rows: usize, x: &[f32]) -> Vec<bool> {
     let mut skip = vec![false; n_rows];
@@ -170,6 +214,7 @@ pub fn skipped(rows: &Rows<'_>, n_rows: usize, x: &[f32]) -> Vec<bool> {
             let scale = quantise(x, &mut q);
             predict_scores(planes, thresholds, &q, scale, &mut skip);
         }
+        Rows::LowRank { factors, thresholds } => predict_low_rank(factors, thresholds, x, &mut skip),
     }
     skip
 }

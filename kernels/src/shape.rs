@@ -130,7 +130,7 @@ impl<'a> BitPlanes<'a> {
     }
 }
 
-/// Smallest score that is still computed, in units of x times an element of [`BitPlanes`].
+/// Smallest score that is still computed, in units of x times an element of [`BitPlanes`], or of a score of [`LowRank`].
 #[derive(Clone, Copy, Debug)]
 pub enum Thresholds<'a> {
     /// One for all rows.
@@ -147,6 +147,31 @@ impl Thresholds<'_> {
             Self::PerRow(thresholds) => thresholds[row],
         }
     }
+}
+
+/// Sums of a dot product of [`LowRank`]: as many as two of the widest vectors hold.
+pub const DOT_CHAINS: usize = 32;
+
+/// What factors of low rank leave of a matrix, as signs and a scale for each row.
+#[derive(Clone, Copy, Debug)]
+pub struct Residual<'a> {
+    /// Its signs.
+    pub signs: SignMatrix<'a>,
+    /// What the elements of a row count, `(n_rows,)`.
+    pub scales: &'a [f32],
+}
+
+/// A predictor of low rank: `score = fc2 (fc1 x)`, of two thin matrices, and of what they leave out if there is a residual.
+#[derive(Clone, Copy, Debug)]
+pub struct LowRank<'a> {
+    /// `(rank, n_cols)`.
+    pub fc1: Matrix<'a>,
+    /// `(n_rows, rank)`.
+    pub fc2: Matrix<'a>,
+    /// Elements of `fc1 x` below zero count as 0.
+    pub relu: bool,
+    /// Added to the score: the signs times x in 8 bits, times the row's scale.
+    pub residual: Option<Residual<'a>>,
 }
 
 /// Which rows of the MLP are read.
@@ -170,6 +195,20 @@ pub enum Rows<'a> {
         /// Thresholds on the score.
         thresholds: Thresholds<'a>,
     },
+    /// Predicted: gate rows whose score of low rank passes the threshold; up and down rows as above.
+    LowRank {
+        /// The factors.
+        factors: LowRank<'a>,
+        /// Thresholds on the score.
+        thresholds: Thresholds<'a>,
+    },
+}
+
+impl Rows<'_> {
+    /// True if gate rows are left out by prediction.
+    pub fn is_predicted(&self) -> bool {
+        !matches!(self, Self::All | Self::Active)
+    }
 }
 
 /// What stands between the gate projection and the product with the up projection.

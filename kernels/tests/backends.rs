@@ -8,8 +8,8 @@ mod common;
 
 use common::{Random, TOLERANCE, Weights, low_planes, magnitude, rows_of, sign_words};
 use kernels::{
-    Activation, AttentionScratch, AttentionShape, BitPlanes, Cpu, Elements, Isa, Limits, Matrix, Matvec,
-    MlpCounts, MlpScratch, MlpWeights, Rows, SignMatrix, Thresholds, reference,
+    Activation, AttentionScratch, AttentionShape, BitPlanes, Cpu, Elements, Isa, Limits, LowRank, Matrix,
+    Matvec, MlpCounts, MlpScratch, MlpWeights, Residual, Rows, SignMatrix, Thresholds, reference,
 };
 use proptest::prelude::*;
 use std::sync::LazyLock;
@@ -93,7 +93,7 @@ proptest! {
 
     #[test]
     fn mlp_is_the_reference(
-        n_cols in any_width(), n_rows in 1..300usize, kind in 0..3usize, select in 0..9usize,
+        n_cols in any_width(), n_rows in 1..300usize, kind in 0..3usize, select in 0..11usize,
         activation in 0..3usize, seed: u64,
     ) {
         let mut random = Random::new(seed);
@@ -108,8 +108,19 @@ proptest! {
         let low = low_planes(&mut random, 1 + select % 3, n_rows, n_cols);
         let thresholds: Vec<f32> = random.values(n_rows).iter().map(|v| v * n_cols as f32 / 8.0).collect();
         let scored = |thresholds| Rows::Scored { planes: BitPlanes { signs, low: &low }, thresholds };
+        let rank = 1 + random.below(n_cols as u64) as usize % 100;
+        let fc1 = Weights::new((kind + 1) % 3, &random.values(rank * n_cols));
+        let fc2 = Weights::new((kind + 2) % 3, &random.values(n_rows * rank));
+        let (fc1, fc2) = (fc1.matrix(rank, n_cols), fc2.matrix(n_rows, rank));
+        let residual = Residual { signs, scales: &thresholds };
+        let low_rank = |thresholds| {
+            let residual = (kind == 2).then_some(residual);
+            Rows::LowRank { factors: LowRank { fc1, fc2, relu: kind == 1, residual }, thresholds }
+        };
         let rows = match select {
             0..=4 => rows_of(select, signs, &per_row, n_cols),
+            9 => low_rank(Thresholds::Layer(0.5)),
+            10 => low_rank(Thresholds::PerRow(&thresholds)),
             5 => scored(Thresholds::PerRow(&thresholds)),
             _ => scored(Thresholds::Layer([0.0, -0.3, f32::NEG_INFINITY][select - 6])),
         };
@@ -258,6 +269,62 @@ proptest! {
             cpu.predict(&Rows::Scored { planes, thresholds }, n_tokens, &x, &mut skip).unwrap();
             prop_assert_eq!(&skip, &want_skip, "{}", cpu.isa());
         }
+    }
+
+    #[test]
+    fn scores_of_low_rank_are_the_reference_bit_for_bit(
+        n_cols in any_width(), n_rows in 1..300usize, rank in 1..80usize, n_tokens in 1..4usize,
+        kind in 0..3usize, relu: bool, has_residual: bool, is_odd: bool, seed: u64,
+    ) {
+        let mut random = Random::new(seed);
+        let rank = rank.min(n_cols);
+        let fc1 = Weights::new(kind, &random.values(rank * n_cols));
+        let fc2 = Weights::new((kind + 1) % 3, &random.values(n_rows * rank));
+        let (fc1, fc2) = (fc1.matrix(rank, n_cols), fc2.matrix(n_rows, rank));
+        let words = sign_words(&Weights::new(1, &random.values(n_rows * n_cols)).matrix(n_rows, n_cols));
+        let signs = SignMatrix { words: &words, n_rows, n_words: n_cols.div_ceil(32) };
+        let scales = random.values(n_rows);
+        let residual = has_residual.then_some(Residual { signs, scales: &scales });
+        let factors = LowRank { fc1, fc2, relu, residual };
+        let mut x = random.values(n_tokens * n_cols);
+        if is_odd {
+            // In the last token alone: the others must not notice.
+            let at = (n_tokens - 1) * n_cols + random.below(n_cols as u64) as usize;
+            x[at] = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e-45, f32::MAX][random.below(5) as usize];
+        }
+        let bits = |scores: &[f32]| -> Vec<u32> {
+            // Which NaN it is says nothing.
+            scores.iter().map(|score| if score.is_nan() { u32::MAX } else { score.to_bits() }).collect()
+        };
+        let want: Vec<f32> = x.chunks_exact(n_cols).flat_map(|x| reference::low_rank_scores(&factors, x)).collect();
+        // Some are exactly a score, which is kept.
+        let per_row: Vec<f32> =
+            (0..n_rows).map(|row| if row % 3 == 0 { random.value() } else { want[row] }).collect();
+        let thresholds = Thresholds::PerRow(&per_row);
+        let mut want_skip = vec![false; n_tokens * n_rows];
+        for (x, skip) in x.chunks_exact(n_cols).zip(want_skip.chunks_exact_mut(n_rows)) {
+            reference::predict_low_rank(&factors, &thresholds, x, skip);
+        }
+        for cpu in CPUS.iter().flatten() {
+            let mut scores = vec![f32::NAN; n_tokens * n_rows];
+            cpu.low_rank_scores(&factors, n_tokens, &x, &mut scores).unwrap();
+            prop_assert_eq!(bits(&scores), bits(&want), "{}", cpu.isa());
+            let mut skip: Vec<bool> = want_skip.iter().map(|skip| !skip).collect();
+            cpu.predict(&Rows::LowRank { factors, thresholds }, n_tokens, &x, &mut skip).unwrap();
+            prop_assert_eq!(&skip, &want_skip, "{}", cpu.isa());
+        }
+    }
+}
+
+/// A score is what its equation says, whatever order its terms are added in.
+#[test]
+fn an_ordered_dot_is_a_dot() {
+    let mut random = Random::new(9);
+    for n_cols in [1, 31, 32, 33, 64, 100, 2048] {
+        let weights = Weights::new(1, &random.values(n_cols));
+        let (w, x) = (weights.matrix(1, n_cols), random.values(n_cols));
+        let error = f64::from(reference::ordered_dot(&w, 0, &x)) - reference::dot(&w, 0, &x);
+        assert!(error.abs() <= TOLERANCE * magnitude(&w, 0, &x), "{n_cols} columns: {error:e}");
     }
 }
 
@@ -436,6 +503,31 @@ fn lengths_that_do_not_fit_are_errors() {
     assert_eq!(error(mlp(weights, rows, 4, &mut y)), "words of lower planes: expected 4, found 5");
     let rows = scored(&[0; 12], Thresholds::Layer(0.0));
     assert_eq!(error(mlp(weights, rows, 4, &mut y)), "bit planes: expected 3, found 4");
+    let fc1 = Matrix { data: Elements::F32(&data[..6]), n_rows: 2, n_cols: 3 };
+    let fc2 = Matrix { data: Elements::F32(&data[..8]), n_rows: 4, n_cols: 2 };
+    let low_rank = |fc1, fc2| Rows::LowRank {
+        factors: LowRank { fc1, fc2, relu: false, residual: None },
+        thresholds: Thresholds::Layer(0.0),
+    };
+    let rows = low_rank(fc1, Matrix { n_rows: 2, n_cols: 4, ..fc2 });
+    assert_eq!(error(mlp(weights, rows, 4, &mut y)), "rows of the second factor: expected 4, found 2");
+    let rows = low_rank(Matrix { n_rows: 3, n_cols: 2, ..fc1 }, fc2);
+    assert_eq!(error(mlp(weights, rows, 4, &mut y)), "columns of the first factor: expected 3, found 2");
+    let rows = low_rank(fc1, Matrix { n_cols: 3, data: Elements::F32(&data), ..fc2 });
+    assert_eq!(error(mlp(weights, rows, 4, &mut y)), "columns of the second factor: expected 2, found 3");
+    let high = Matrix { data: Elements::F32(&data), n_rows: 4, n_cols: 3 };
+    let square = [0.0; 16];
+    let rows = low_rank(high, Matrix { data: Elements::F32(&square), n_rows: 4, n_cols: 4 });
+    assert_eq!(error(mlp(weights, rows, 4, &mut y)), "rank: expected 3, found 4");
+    let with_signs = |signs, scales| {
+        let factors = LowRank { fc1, fc2, relu: false, residual: Some(Residual { signs, scales }) };
+        Rows::LowRank { factors, thresholds: Thresholds::Layer(0.0) }
+    };
+    let fitting = SignMatrix { words: &[0; 4], n_rows: 4, n_words: 1 };
+    let rows = with_signs(SignMatrix { n_rows: 3, ..fitting }, &[0.0; 4]);
+    assert_eq!(error(mlp(weights, rows, 4, &mut y)), "rows of residual signs: expected 4, found 3");
+    let rows = with_signs(fitting, &[0.0; 3]);
+    assert_eq!(error(mlp(weights, rows, 4, &mut y)), "scales of a residual: expected 4, found 3");
     let audited = |sample: &[u32], y: &mut [f32]| {
         let (x, mut scratch) = ([0.0; 3], MlpScratch::new(4, 3));
         let found = cpu.mlp_audited(&weights, &Rows::All, Activation::Relu, &x, sample, &mut scratch, y);

@@ -382,6 +382,7 @@ proptest! {
                     Thresholds::PerRow(_) => DeviceThresholds::PerRow(thresholds_on_device.view()),
                 },
             },
+            Rows::LowRank { .. } => unreachable!("rows_of has none"),
         };
         let scratch = device.down_scratch(n_rows, n_cols).unwrap();
         let run = || {

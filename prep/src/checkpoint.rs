@@ -143,6 +143,24 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
+    /// Opens one file, whatever its name.
+    ///
+    /// # Errors
+    /// A file that cannot be read, is cut, or is not a safetensors file.
+    pub(crate) fn open_file(path: &Path) -> Result<Self, PrepError> {
+        let mut checkpoint = Self { listing: path.to_owned(), shards: Vec::new(), tensors: HashMap::new() };
+        let folder = path.parent().unwrap_or(Path::new(""));
+        checkpoint.add_shard(folder, &path.file_name().unwrap_or_default().to_string_lossy())?;
+        Ok(checkpoint)
+    }
+
+    /// Names of all tensors, sorted.
+    pub(crate) fn names(&self) -> Vec<&str> {
+        let mut names: Vec<&str> = self.tensors.keys().map(String::as_str).collect();
+        names.sort_unstable();
+        names
+    }
+
     /// Checks that the checkpoint holds exactly the tensors `wanted`, in their shapes and in a type that is converted.
     ///
     /// RoPE buffers of old checkpoints are ignored, and so is a stored `lm_head.weight` if `wanted` has none because it

@@ -8,7 +8,8 @@ use format_spec::DType;
 
 use crate::synth::SynthArgs;
 use crate::{
-    CalibrationOptions, Contender, ConvertOptions, EvalOptions, Kind, Predictor, ReportOptions, Target,
+    CalibrationOptions, Contender, ConvertOptions, EvalOptions, Kind, LowRankOptions, Predictor,
+    ReportOptions, Target,
 };
 
 /// Converts ReLU-sparse Hugging Face checkpoints to .sinf files.
@@ -55,9 +56,18 @@ pub struct ConvertArgs {
     #[arg(long, value_enum, default_value = "auto", value_name = "TYPE")]
     pub dtype: DTypeName,
     /// Predictor of every layer [default: chosen for each; exact for silu]. sign: signs of weights and input
-    /// (SparseInfer); sign-x8: signs of weights, input in 8 bits; w2, w3: weights in 2 or 3 bits; exact: every gate row.
-    #[arg(long, value_enum, value_name = "NAME")]
+    /// (SparseInfer); sign-x8: signs of weights, input in 8 bits; w2, w3: weights in 2 or 3 bits; low-rank or
+    /// low-rank:RANK: two thin matrices (SVDP); low-rank-sign: thinner ones, and signs of what they leave out; exact:
+    /// every gate row.
+    #[arg(long, value_name = "NAME", value_parser = PredictorName::parse)]
     pub predictor: Option<PredictorName>,
+    /// Folder of trained predictors to take for every layer where they save bytes: fc1.weight and fc2.weight of layer N
+    /// in model_N.safetensors, or as layers.N.fc1.weight (PowerInfer, Deja Vu).
+    #[arg(long, value_name = "FOLDER", conflicts_with_all = ["predictor", "alpha"])]
+    pub import_predictor: Option<PathBuf>,
+    /// What lies between the two: relu as in PowerInfer's, none as in Deja Vu's [default: relu].
+    #[arg(long, value_enum, value_name = "NAME", requires = "import_predictor")]
+    pub import_activation: Option<ImportActivation>,
     /// Ratio of the sign rule, one value or one for each layer (1.02x20 stands for 20 of 1.02), instead of
     /// calibration.
     #[arg(
@@ -109,13 +119,16 @@ pub struct EvalArgs {
     /// Most tokens of it; fewer where their dense logits take more than 256 MiB.
     #[arg(long, default_value_t = DEFAULT_EVAL_TOKENS, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub tokens: u32,
-    /// What to compare: dense, exact, stored (the file's own), auto (the best for each layer), sign, sign-x8, w2, w3, svd (low
-    /// rank in the bytes of rank 256 at 7B), alpha=X (the rule of SparseInfer) [default: all, with seven alphas].
+    /// What to compare: dense, exact, stored (the file's own), auto (the best for each layer), sign, sign-x8, low-rank,
+    /// low-rank-sign, w2, w3, alpha=X (the rule of SparseInfer) [default: all, with seven alphas].
     #[arg(long, value_name = "NAME[,NAME...]", value_delimiter = ',', value_parser = Contender::parse)]
     pub predictors: Vec<Contender>,
     /// Most tokens of the built-in text that kinds are fitted on.
     #[arg(long, default_value_t = CalibrationOptions::DEFAULT.n_tokens, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub calibration_tokens: u32,
+    /// Rank of low-rank and low-rank-sign [default: in bytes the share of the gate that 256 has at 7B; a third of it].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub rank: Option<u32>,
     /// Threads; 0 takes one for each available core.
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub threads: usize,
@@ -133,6 +146,7 @@ impl EvalArgs {
             n_tokens: self.tokens,
             contenders: if is_default { Contender::defaults() } else { self.predictors.clone() },
             calibration_tokens: self.calibration_tokens,
+            rank: self.rank,
             n_threads: self.threads,
         }
     }
@@ -174,6 +188,7 @@ impl ReportArgs {
             n_tokens: self.tokens.unwrap_or(DEFAULT_EVAL_TOKENS),
             contenders: Contender::defaults(),
             calibration_tokens: self.calibration_tokens.unwrap_or(CalibrationOptions::DEFAULT.n_tokens),
+            rank: None,
             n_threads: self.threads.unwrap_or(0),
         });
         ReportOptions { out: self.out.clone(), force: self.force, eval }
@@ -213,27 +228,38 @@ pub enum DTypeName {
     Bf16,
 }
 
-/// Predictors on the command line.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-#[expect(missing_docs, reason = "the names say it")]
-pub enum PredictorName {
-    Exact,
-    Sign,
-    SignX8,
-    W2,
-    W3,
+/// A predictor on the command line: a kind, and `:RANK` where it has one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PredictorName {
+    kind: Kind,
+    rank: Option<u32>,
 }
 
 impl PredictorName {
-    fn kind(self) -> Kind {
-        match self {
-            Self::Exact => Kind::Exact,
-            Self::Sign => Kind::Sign,
-            Self::SignX8 => Kind::SignX8,
-            Self::W2 => Kind::W2,
-            Self::W3 => Kind::W3,
-        }
+    fn parse(text: &str) -> Result<Self, String> {
+        let (name, rank) = text.split_once(':').map_or((text, None), |(name, rank)| (name, Some(rank)));
+        let Some(kind) = Kind::ALL.into_iter().find(|kind| kind.name() == name) else {
+            let names = Kind::ALL.map(Kind::name).join(", ");
+            return Err(format!("expected one of {names}, found {name:?}"));
+        };
+        let rank = match rank {
+            None => None,
+            Some(rank) if kind.has_factors() => {
+                let parsed = rank.parse().ok().filter(|rank| *rank > 0);
+                Some(parsed.ok_or_else(|| format!("expected a rank of at least 1, found {rank:?}"))?)
+            }
+            Some(rank) => return Err(format!("expected no rank for {name}, found {rank:?}")),
+        };
+        Ok(Self { kind, rank })
     }
+}
+
+/// What lies between the factors of an imported predictor, on the command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[expect(missing_docs, reason = "the names say it")]
+pub enum ImportActivation {
+    Relu,
+    None,
 }
 
 /// Values of `--alpha`, repetitions written out.
@@ -252,9 +278,11 @@ impl ConvertArgs {
         let calibrates = self.calibration.is_some()
             || self.calibration_tokens.is_some()
             || self.target_kl.is_some()
-            || self.target_missed_energy.is_some();
-        let predictor = match (self.predictor, &self.alpha) {
-            (Some(PredictorName::Exact), alpha) => {
+            || self.target_missed_energy.is_some()
+            || self.import_predictor.is_some();
+        let kind = self.predictor.map(|name| name.kind);
+        let predictor = match (kind, &self.alpha) {
+            (Some(Kind::Exact), alpha) => {
                 if alpha.is_some() || calibrates {
                     let message = "--predictor exact has no use for --alpha, --calibration, \
                                    --calibration-tokens, --target-kl or --target-missed-energy";
@@ -262,9 +290,7 @@ impl ConvertArgs {
                 }
                 Some(Predictor::Exact)
             }
-            (None | Some(PredictorName::Sign), Some(Alphas(alphas))) => {
-                Some(Predictor::Alpha(alphas.clone()))
-            }
+            (None | Some(Kind::Sign), Some(Alphas(alphas))) => Some(Predictor::Alpha(alphas.clone())),
             (Some(_), Some(_)) => {
                 let message = "--alpha is the ratio of --predictor sign";
                 return Err(Cli::command().error(ErrorKind::ArgumentConflict, message));
@@ -280,7 +306,14 @@ impl ConvertArgs {
                         (Some(target), None) => Target::Divergence(target),
                         (None, None) => default.target,
                     },
-                    kind: self.predictor.map(PredictorName::kind),
+                    kind,
+                    low_rank: match &self.import_predictor {
+                        Some(folder) => LowRankOptions::Imported {
+                            folder: folder.clone(),
+                            relu: self.import_activation != Some(ImportActivation::None),
+                        },
+                        None => LowRankOptions::Fitted { rank: self.predictor.and_then(|name| name.rank) },
+                    },
                 }))
             }
         };
@@ -376,6 +409,14 @@ mod tests {
             "--target-kl 0.001 --target-missed-energy 0.01",
             "--predictor w2 --alpha 1",
             "--predictor exact --target-kl 0.1",
+            "--predictor low-rank:0",
+            "--predictor low-rank:x",
+            "--predictor low-rank --alpha 1",
+            "--predictor low-rank-relu",
+            "--predictor w2:4",
+            "--import-predictor folder --predictor w2",
+            "--import-predictor folder --alpha 1",
+            "--import-activation none",
         ] {
             assert_eq!(parse(line).expect_err(line).exit_code(), 2, "{line}");
         }
@@ -392,6 +433,19 @@ mod tests {
             options,
             CalibrationOptions { kind: Some(Kind::Sign), ..CalibrationOptions::DEFAULT.clone() }
         );
+        let low_rank = |line: &str| match parse(line).expect("accepted").predictor {
+            Some(Predictor::Calibrated(options)) => (options.kind, options.low_rank),
+            other => panic!("{other:?}"),
+        };
+        let fitted = |rank| (Some(Kind::LowRank), LowRankOptions::Fitted { rank });
+        assert_eq!(low_rank("--predictor low-rank"), fitted(None));
+        assert_eq!(low_rank("--predictor low-rank:64"), fitted(Some(64)));
+        for (line, relu) in
+            [("", true), (" --import-activation relu", true), (" --import-activation none", false)]
+        {
+            let imported = LowRankOptions::Imported { folder: "p".into(), relu };
+            assert_eq!(low_rank(&format!("--import-predictor p{line}")), (None, imported));
+        }
         let target = |line: &str| match parse(line).expect("accepted").predictor {
             Some(Predictor::Calibrated(options)) => options.target,
             other => panic!("{other:?}"),

@@ -22,10 +22,11 @@ use runtime::Model;
 use serde::Serialize;
 
 use crate::arch::{self, CONFIG_FILE, TensorName};
-use crate::calibrate::{self, Calibration, CalibrationOptions, Target, Text};
+use crate::calibrate::{self, Calibration, CalibrationOptions, LowRankOptions, Target, Text};
 use crate::checkpoint::{Checkpoint, hash_file};
+use crate::import::read_predictors;
 use crate::inspect::PredictorRow;
-use crate::predict::Kind;
+use crate::predict::{Factors, Kind, LowRankSource, Residual};
 use crate::stream::{BlockSizes, WeightStream};
 use crate::tokenizer::{FolderTokenizer, read_tokenizer};
 use crate::{PrepError, Progress};
@@ -142,7 +143,7 @@ pub fn convert(
             config.vocab_size
         ));
     }
-    let predictor = Plan::new(options.predictor.as_ref(), &config, folder, &mut notes)?;
+    let predictor = Plan::new(options.predictor.as_ref(), &config, folder, &mut notes, progress)?;
     let dtype = options.dtype.unwrap_or(auto_dtype(&checkpoint, &tensors)?);
     let n_threads = match options.n_threads {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
@@ -164,6 +165,9 @@ pub fn convert(
     let weights_seconds = weights_started.elapsed().as_secs_f64();
     let n_source_bytes: u64 = source_files.iter().map(|file| file.len_bytes).sum();
     source_files.extend(small_files(folder, &checkpoint, &tokenizer_files)?);
+    if let Plan::Calibrated { imported, .. } = &predictor {
+        source_files.extend(imported.iter().cloned());
+    }
     source_files.sort_by(|a, b| a.name.cmp(&b.name));
     let mut provenance = Provenance {
         source_name: folder_name(folder)?,
@@ -178,7 +182,7 @@ pub fn convert(
     let predictors = match &predictor {
         Plan::Exact => vec![off(&config); config.num_hidden_layers as usize],
         Plan::Alphas(alphas) => alphas.iter().map(|&alpha| by_alpha(alpha, &config)).collect(),
-        Plan::Calibrated(text, options) => {
+        Plan::Calibrated { text, options, source, .. } => {
             let predictors = vec![off(&config); config.num_hidden_layers as usize];
             writer.seal(&Tail {
                 predictors: &predictors,
@@ -188,7 +192,7 @@ pub fn convert(
                 provenance: None,
             })?;
             let model = Model::open(&writer.partial_path())?;
-            let calibration = calibrate::run(&model, &tokenizer, text, options, n_threads, progress)?;
+            let calibration = calibrate::run(&model, &tokenizer, text, options, source, n_threads, progress)?;
             provenance.calibration = Some(CalibrationText {
                 name: text.name.clone(),
                 blake3: text.blake3,
@@ -201,6 +205,7 @@ pub fn convert(
     if let Some(found) = &found {
         write_planes(&mut writer, &found.planes, &config)?;
         write_offsets(&mut writer, &found.offsets)?;
+        write_factors(&mut writer, &found.factors, &config)?;
     }
     let calibration_seconds = calibration_started.elapsed().as_secs_f64();
     writer.seal(&Tail {
@@ -234,7 +239,13 @@ enum Plan<'a> {
     Exact,
     /// One for each layer.
     Alphas(Vec<f64>),
-    Calibrated(Text, &'a CalibrationOptions),
+    Calibrated {
+        text: Text,
+        options: &'a CalibrationOptions,
+        source: LowRankSource,
+        /// What an import read.
+        imported: Vec<SourceFile>,
+    },
 }
 
 impl<'a> Plan<'a> {
@@ -243,6 +254,7 @@ impl<'a> Plan<'a> {
         config: &ModelConfig,
         folder: &Path,
         notes: &mut Vec<String>,
+        progress: &Progress,
     ) -> Result<Self, PrepError> {
         let is_sparse = config.activation != Activation::Silu;
         match predictor {
@@ -260,16 +272,29 @@ impl<'a> Plan<'a> {
                     alphas => Err(PrepError::AlphaCount { n_layers, found: alphas.len() }),
                 }
             }
-            Some(Predictor::Calibrated(options)) => Self::calibrated(options),
-            None => Self::calibrated(CalibrationOptions::DEFAULT),
+            Some(Predictor::Calibrated(options)) => Self::calibrated(options, config, progress),
+            None => Self::calibrated(CalibrationOptions::DEFAULT, config, progress),
         }
     }
 
-    fn calibrated(options: &'a CalibrationOptions) -> Result<Self, PrepError> {
-        if let Some(kind) = options.kind.filter(|kind| kind.record_kind().is_none()) {
-            return Err(PrepError::KindNotStored { kind: kind.name() });
-        }
-        Ok(Self::Calibrated(Text::load(options.text.as_deref())?, options))
+    fn calibrated(
+        options: &'a CalibrationOptions,
+        config: &ModelConfig,
+        progress: &Progress,
+    ) -> Result<Self, PrepError> {
+        let text = Text::load(options.text.as_deref())?;
+        let (source, imported) = match &options.low_rank {
+            LowRankOptions::Fitted { rank } => {
+                (LowRankSource::Fitted { rank: rank.map(|rank| rank as usize) }, Vec::new())
+            }
+            LowRankOptions::Imported { folder, relu } => {
+                let (factors, mut files) = read_predictors(folder, config, *relu, progress)?;
+                let name = folder_name(folder)?;
+                files.iter_mut().for_each(|file| file.name = format!("{name}/{}", file.name));
+                (LowRankSource::Imported(factors), files)
+            }
+        };
+        Ok(Self::Calibrated { text, options, source, imported })
     }
 }
 
@@ -317,10 +342,20 @@ fn recorded_options(dtype: DType, predictor: &Plan<'_>) -> Vec<(String, String)>
             let alphas: Vec<String> = alphas.iter().map(f64::to_string).collect();
             options.extend([("alpha", alphas.join(",")), ("predictor", "sign".to_owned())]);
         }
-        Plan::Calibrated(_, calibration) => {
+        Plan::Calibrated { options: calibration, .. } => {
+            match &calibration.low_rank {
+                LowRankOptions::Fitted { rank: Some(rank) } => options.push(("rank", rank.to_string())),
+                LowRankOptions::Fitted { rank: None } => {}
+                LowRankOptions::Imported { relu, .. } => {
+                    let activation = if *relu { "relu" } else { "none" };
+                    options.push(("import-activation", activation.to_owned()));
+                }
+            }
+            let is_imported = matches!(calibration.low_rank, LowRankOptions::Imported { .. });
+            let kind = if is_imported { "imported" } else { calibration.kind.map_or("auto", Kind::name) };
             options.extend([
                 ("calibration-tokens", calibration.n_tokens.to_string()),
-                ("predictor", calibration.kind.map_or("auto", Kind::name).to_owned()),
+                ("predictor", kind.to_owned()),
                 match calibration.target {
                     Target::Divergence(target) => ("target-kl", target.to_string()),
                     Target::MissedEnergy(target) => ("target-missed-energy", target.to_string()),
@@ -371,6 +406,49 @@ fn write_offsets(writer: &mut Writer, offsets: &[Vec<f32>]) -> Result<(), PrepEr
     Ok(())
 }
 
+/// Writes the factors of the layers that have some.
+fn write_factors(
+    writer: &mut Writer,
+    layers: &[Option<Factors>],
+    config: &ModelConfig,
+) -> Result<(), PrepError> {
+    let (n_rows, n_cols) = (u64::from(config.intermediate_size), u64::from(config.hidden_size));
+    for (layer, factors) in (0..).zip(layers) {
+        let Some(factors) = factors else { continue };
+        let rank = factors.rank as u64;
+        for (kind, shape, halves) in [
+            (SectionKind::GateFc1, [rank, n_cols], &factors.fc1),
+            (SectionKind::GateFc2, [n_rows, rank], &factors.fc2),
+        ] {
+            writer.begin(SectionSpec {
+                kind,
+                layer: Some(layer),
+                dtype: DType::F16,
+                shape: Shape::new(&shape),
+                encoding: Encoding::Raw,
+                required: kind.is_required(),
+            })?;
+            let bytes: Vec<u8> = halves.iter().flat_map(|half| half.to_le_bytes()).collect();
+            writer.write(&bytes)?;
+        }
+        let Some(Residual { signs, scales }) = &factors.residual else { continue };
+        let signs: Vec<u8> = signs.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let scales: Vec<u8> = scales.iter().flat_map(|scale| scale.to_le_bytes()).collect();
+        for (kind, bytes) in [(SectionKind::ResidualSigns, &signs), (SectionKind::ResidualScales, &scales)] {
+            writer.begin(SectionSpec {
+                kind,
+                layer: Some(layer),
+                dtype: kind.dtypes()[0],
+                shape: kind.expected_shape(config).expect("the shape of a model's own section"),
+                encoding: kind.encoding(),
+                required: kind.is_required(),
+            })?;
+            writer.write(bytes)?;
+        }
+    }
+    Ok(())
+}
+
 /// Source files that hold no weights.
 fn small_files(
     folder: &Path,
@@ -409,7 +487,12 @@ mod tests {
         std::fs::write(&text, "It was the best of times, it was the worst of times.\n".repeat(40))
             .expect("written");
         let target = Target::MissedEnergy(0.02);
-        let calibration = CalibrationOptions { text: Some(text), n_tokens: 700, target, kind: None };
+        let calibration = CalibrationOptions {
+            text: Some(text),
+            n_tokens: 700,
+            target,
+            ..CalibrationOptions::DEFAULT.clone()
+        };
         let options = options(Some(Predictor::Calibrated(calibration)));
         let out = folder.path().join("out.sinf");
         let report = convert(&bundled(), &out, &options, &Progress::silent()).expect("converted");
@@ -488,15 +571,113 @@ mod tests {
         assert!(bytes[1] < bytes[0] && bytes[0] < 0.5, "{bytes:?}");
     }
 
+    /// Factors of low rank are in the file, and miss about what they may.
     #[test]
-    fn a_kind_that_files_cannot_hold_is_refused() {
+    fn predictors_of_low_rank_are_stored() {
         let folder = tempfile::tempdir().expect("a scratch folder");
-        let calibration = CalibrationOptions { kind: Some(Kind::Svd), ..CalibrationOptions::DEFAULT.clone() };
-        let options = options(Some(Predictor::Calibrated(calibration)));
-        let result = convert(&bundled(), &folder.path().join("out.sinf"), &options, &Progress::silent());
-        let error = result.expect_err("refused");
-        assert!(error.to_string().contains("svd") && error.hint().is_some(), "{error}");
-        assert_eq!(std::fs::read_dir(folder.path()).expect("readable").count(), 0);
+        let out = folder.path().join("out.sinf");
+        let mut files = Vec::new();
+        for (n_threads, kind) in
+            [(1, Kind::LowRank), (2, Kind::LowRank), (1, Kind::LowRankSign), (2, Kind::LowRankSign)]
+        {
+            let calibration = CalibrationOptions {
+                n_tokens: 2560,
+                target: Target::MissedEnergy(0.01),
+                kind: Some(kind),
+                low_rank: LowRankOptions::Fitted { rank: Some(24) },
+                ..CalibrationOptions::DEFAULT.clone()
+            };
+            let predictor = Some(Predictor::Calibrated(calibration));
+            let options = ConvertOptions { force: true, n_threads, ..options(predictor) };
+            convert(&bundled(), &out, &options, &Progress::silent()).expect("converted");
+            files.push(std::fs::read(&out).expect("written"));
+            let model = Model::open(&out).expect("valid");
+            let records = model.layout().predictors();
+            let kind = kind.record_kind();
+            assert!(records.iter().any(|record| record.kind == kind), "{records:?}");
+            for (layer, record) in records.iter().enumerate() {
+                let factors = model.low_rank(layer);
+                assert_eq!(factors.is_some(), record.kind == kind);
+                if let Some(factors) = factors {
+                    assert_eq!((factors.fc1.n_rows, factors.relu), (24, false));
+                    assert_eq!(factors.residual.is_some(), kind.has_residual());
+                    assert!(model.gate_offsets(layer).is_some() && record.threshold.is_finite());
+                    // On the half that was not fitted.
+                    assert!(record.missed_energy <= 0.02 && record.rows_kept < 1.0, "{record:?}");
+                }
+            }
+        }
+        assert!(files[0] == files[1] && files[2] == files[3], "the number of threads changes the file");
+        let model = Model::open(&out).expect("valid");
+        let provenance = model.layout().provenance(model.bytes()).expect("valid").expect("there");
+        assert!(
+            provenance.options.contains(&("rank".to_owned(), "24".to_owned())),
+            "{:?}",
+            provenance.options
+        );
+    }
+
+    /// What an import holds is in the file bit for bit, and provenance names what was read.
+    #[test]
+    fn imported_predictors_are_stored_as_they_are() {
+        use safetensors::{Dtype, tensor::TensorView};
+        let folder = tempfile::tempdir().expect("a scratch folder");
+        let import = folder.path().join("trained");
+        std::fs::create_dir(&import).expect("made");
+        let (d, f, rank) = (256, 704, 8);
+        let config = arch::read_config(&bundled()).expect("a Llama");
+        assert_eq!((config.hidden_size, config.intermediate_size), (d as u32, f as u32));
+        // Multiples of 1/64 without a pattern: f16 holds them.
+        let values = |n: usize, seed: usize| -> Vec<u8> {
+            let value = |i: usize| ((i * 7919 + seed * 104_729) % 127) as f32 / 64.0 - 1.0;
+            (0..n).flat_map(|i| value(i).to_le_bytes()).collect()
+        };
+        for layer in 0..8 {
+            let (fc1, fc2) = (values(rank * d, layer), values(f * rank, layer + 8));
+            let tensors = [("fc1.weight", vec![rank, d], &fc1), ("fc2.weight", vec![f, rank], &fc2)];
+            let views = tensors.map(|(name, shape, bytes)| {
+                (name, TensorView::new(Dtype::F32, shape, bytes).expect("shape fits"))
+            });
+            let path = import.join(format!("model_{layer}.safetensors"));
+            safetensors::serialize_to_file(views, None, &path).expect("written");
+        }
+        let out = folder.path().join("out.sinf");
+        for relu in [true, false] {
+            // Such predictors foretell nothing, and save bytes only where much may be missed.
+            let calibration = CalibrationOptions {
+                n_tokens: 700,
+                target: Target::MissedEnergy(0.5),
+                low_rank: LowRankOptions::Imported { folder: import.clone(), relu },
+                ..CalibrationOptions::DEFAULT.clone()
+            };
+            let options = ConvertOptions { force: true, ..options(Some(Predictor::Calibrated(calibration))) };
+            convert(&bundled(), &out, &options, &Progress::silent()).expect("converted");
+            let model = Model::open(&out).expect("valid");
+            let kind = if relu { PredictorKind::LowRankRelu } else { PredictorKind::LowRank };
+            let records = model.layout().predictors();
+            assert!(records.iter().any(|record| record.kind == kind), "{records:?}");
+            for (layer, record) in records.iter().enumerate().filter(|(_, record)| record.kind == kind) {
+                let factors = model.low_rank(layer).expect("stored");
+                assert_eq!(
+                    (factors.relu, factors.fc1.n_rows, record.missed_energy > 0.0),
+                    (relu, rank, true)
+                );
+                for (found, seed, n) in [(factors.fc1, layer, rank * d), (factors.fc2, layer + 8, f * rank)] {
+                    let wanted = values(n, seed);
+                    let is_same = wanted.as_chunks::<4>().0.iter().enumerate();
+                    let mut is_same = is_same.map(|(i, &v)| found.data.get(i) == f32::from_le_bytes(v));
+                    assert!(is_same.all(|same| same), "layer {layer}");
+                }
+            }
+            let provenance = model.layout().provenance(model.bytes()).expect("valid").expect("there");
+            let names: Vec<&str> = provenance.source_files.iter().map(|file| file.name.as_str()).collect();
+            assert!(names.contains(&"trained/model_7.safetensors") && names.is_sorted(), "{names:?}");
+            let activation = if relu { "relu" } else { "none" };
+            for option in [("predictor", "imported"), ("import-activation", activation)] {
+                let option = (option.0.to_owned(), option.1.to_owned());
+                assert!(provenance.options.contains(&option), "{:?}", provenance.options);
+            }
+        }
     }
 
     #[test]

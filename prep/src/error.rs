@@ -165,11 +165,17 @@ pub enum PrepError {
         /// config.json.
         path: PathBuf,
     },
-    /// A kind of predictor that files cannot hold was asked for.
-    #[error("predictor: expected a kind that a file can hold, found {kind}")]
-    KindNotStored {
-        /// Its name.
-        kind: &'static str,
+    /// A tensor of an imported predictor is not what this model's would be.
+    #[error("{}: tensor {tensor}: expected {expected}, found {found}", path.display())]
+    PredictorTensor {
+        /// The file, or the folder that lacks it.
+        path: PathBuf,
+        /// Its name, or what it would be.
+        tensor: String,
+        /// What would be accepted.
+        expected: String,
+        /// What is there.
+        found: String,
     },
     /// A file without sign words was to be evaluated.
     #[error("{}: expected sign words, found a file made without prediction", path.display())]
@@ -245,9 +251,10 @@ impl PrepError {
                 Some("the weights are damaged or not those of config.json; --alpha needs no forward pass")
             }
             Self::NotSparse { .. } => Some("--predictor exact computes every gate row"),
-            Self::KindNotStored { .. } => {
-                Some("prep eval measures it; files hold exact, sign, sign-x8, w2 and w3")
-            }
+            Self::PredictorTensor { .. } => Some(
+                "a layer's predictor is fc1.weight (rank, hidden_size) and fc2.weight (intermediate_size, rank), trained \
+                 for this model, in model_N.safetensors for layer N or named layers.N.fc1.weight and so on",
+            ),
             Self::OutputIsInput { .. } => Some("name another file after -o"),
             Self::NoSigns { .. } => Some("convert the model again, with any predictor but exact"),
             Self::Runtime(error) => error.hint(),

@@ -5,13 +5,12 @@
 //! exact         every gate row, up and down where active
 //! stored        the file's own records
 //! auto          the best kind for each layer, fitted on the built-in text for several budgets
-//! KIND          one kind for all layers (sign, sign-x8, w2, w3, svd), fitted likewise
+//! KIND          one kind for all layers (sign, sign-x8, low-rank, low-rank-sign, w2, w3), fitted likewise
 //! alpha=X       the rule of SparseInfer (arXiv 2411.12692) with one alpha
 //! ```
 //!
-//! All run over the same windows against the model's own dense pass, and each decodes some tokens of the text for its speed;
-//! `svd` has no kernel to decode with. Bytes are those of one token, of the MLPs alone: attention, its cache and the lm_head
-//! are the same for all.
+//! All run over the same windows against the model's own dense pass, and each decodes some tokens of the text for its speed.
+//! Bytes are those of one token, of the MLPs alone: attention, its cache and the lm_head are the same for all.
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -24,7 +23,8 @@ use serde::Serialize;
 
 use crate::calibrate::{Bench, Text};
 use crate::predict::{
-    Fit, Kind, LayerSetting, LimitEffect, Masking, Measured, Reference, Search, Setting, decoded, measure,
+    Fit, Kind, LayerSetting, LimitEffect, LowRankSource, Masking, Measured, Reference, Search, Setting,
+    decoded, measure,
 };
 use crate::{PrepError, Progress};
 
@@ -79,8 +79,8 @@ impl Contender {
                 let alpha = alpha.filter(|alpha: &f64| alpha.is_finite() && *alpha >= 0.0);
                 alpha.map(Self::Alpha).ok_or_else(|| {
                     format!(
-                        "expected dense, exact, stored, auto, sign, sign-x8, w2, w3, svd or alpha=X with X at least \
-                         0, found {name:?}"
+                        "expected dense, exact, stored, auto, sign, sign-x8, low-rank, low-rank-sign, w2, w3 or \
+                         alpha=X with X at least 0, found {name:?}"
                     )
                 })
             }
@@ -99,6 +99,8 @@ pub struct EvalOptions {
     pub contenders: Vec<Contender>,
     /// Tokens of the built-in text that kinds are fitted on.
     pub calibration_tokens: u32,
+    /// Rank of the kinds that have one; `None` takes the default of a conversion.
+    pub rank: Option<u32>,
     /// Threads; 0 takes one for each available core.
     pub n_threads: usize,
 }
@@ -148,7 +150,7 @@ pub struct EvalRow {
     pub kinds: Vec<&'static str>,
     /// Predictor, gate, up and down bytes of a token by layer.
     pub layer_bytes: Vec<f64>,
-    /// Tokens decoded in a second; none where no kernel computes the predictor.
+    /// Tokens decoded in a second; none where the backend lacks the predictor.
     pub tok_per_s: Option<f64>,
 }
 
@@ -187,7 +189,8 @@ pub fn eval(path: &Path, options: &EvalOptions, progress: &Progress) -> Result<E
     let n_prefix = fitting.windows.n_prefix;
     progress.begin("fitting", fit_windows.iter().map(|window| window.len() as u64).sum());
     let session = &mut fitting.session;
-    let fit = Fit::run(session, &fit_windows, n_prefix, &kinds, options.n_threads, progress)?;
+    let source = LowRankSource::Fitted { rank: options.rank.map(|rank| rank as usize) };
+    let fit = Fit::run(session, &fit_windows, n_prefix, &kinds, &source, options.n_threads, progress)?;
     let check = fitting.reference(&check_windows, progress)?;
 
     progress.begin("evaluating", 0);
@@ -281,8 +284,13 @@ impl Evaluator<'_, '_> {
                 self.decoding.with(self.fit, setting)?
             }
         };
+        let rank = |(layer, &kind): (usize, &Kind)| match masking {
+            Masking::Stored => self.fit.model.low_rank(layer).map_or(0, |factors| factors.fc1.n_rows),
+            _ => self.fit.rank(layer, kind),
+        };
+        let layers = kinds.iter().enumerate().map(|layer| (*layer.1, rank(layer))).collect();
         let is_dense = matches!(masking, Masking::Dense);
-        Ok(EvalRow::new(predictor, target_kl, self.fit, kinds, is_dense, quality, tok_per_s))
+        Ok(EvalRow::new(predictor, target_kl, self.fit, layers, is_dense, quality, tok_per_s))
     }
 }
 
@@ -312,8 +320,7 @@ impl<'a> Decoding<'a> {
     }
 
     fn with(&mut self, fit: &'a Fit<'a>, setting: &Setting) -> Result<Option<f64>, PrepError> {
-        let Some(layers) = decoded(fit, setting) else { return Ok(None) };
-        if !self.session.set_prediction(layers) {
+        if !self.session.set_prediction(decoded(fit, setting)) {
             return Ok(None);
         }
         self.tok_per_s().map(Some)
@@ -341,18 +348,18 @@ impl EvalRow {
         predictor: String,
         target_kl: Option<f64>,
         fit: &Fit<'_>,
-        kinds: Vec<Kind>,
+        kinds: Vec<(Kind, usize)>,
         is_dense: bool,
         quality: Measured,
         tok_per_s: Option<f64>,
     ) -> Self {
         let n_layers = kinds.len() as f64;
-        let mean = |of: &dyn Fn(Kind, &LayerQuality) -> f64| {
+        let mean = |of: &dyn Fn((Kind, usize), &LayerQuality) -> f64| {
             kinds.iter().zip(&quality.layers).map(|(&kind, layer)| of(kind, layer)).sum::<f64>() / n_layers
         };
-        let share = |kind, layer: &LayerQuality| {
+        let share = |(kind, rank), layer: &LayerQuality| {
             let rows_active = if is_dense { 1.0 } else { layer.rows_active * layer.recall };
-            fit.bytes.mlp_share(kind, layer.rows_kept, rows_active)
+            fit.bytes.mlp_share(kind, rank, layer.rows_kept, rows_active)
         };
         let layers = kinds.iter().zip(&quality.layers);
         let layer_bytes: Vec<f64> =
@@ -360,14 +367,14 @@ impl EvalRow {
         Self {
             predictor,
             target_kl,
-            gate_bytes: mean(&|kind, layer| fit.bytes.gate_share(kind, layer.rows_kept)),
+            gate_bytes: mean(&|(kind, rank), layer| fit.bytes.gate_share(kind, rank, layer.rows_kept)),
             mlp_bytes: mean(&share),
             bytes_per_token: layer_bytes.iter().sum(),
             rows_kept: mean(&|_, layer| layer.rows_kept),
             rows_active: mean(&|_, layer| layer.rows_active),
             recall: mean(&|_, layer| layer.recall),
             missed_energy: mean(&|_, layer| layer.missed_energy),
-            kinds: kinds.iter().map(|kind| kind.name()).collect(),
+            kinds: kinds.iter().map(|(kind, _)| kind.name()).collect(),
             layer_bytes,
             quality,
             tok_per_s,

@@ -82,7 +82,8 @@ pub struct SizeRow {
 pub struct PredictorRow {
     /// Layer.
     pub layer: usize,
-    /// `exact`, `sign`, `sign_per_row`, `sign_x8`, `w2` or `w3`.
+    /// `exact`, `sign`, `sign_per_row`, `sign_x8`, `w2`, `w3`, `low_rank`,
+    /// `low_rank_relu` or `low_rank_sign`.
     pub kind: &'static str,
     /// Largest n_neg that is still computed, where the layer has one.
     pub limit: Option<u32>,

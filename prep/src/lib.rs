@@ -8,6 +8,7 @@ pub mod cli;
 pub mod convert;
 pub mod error;
 pub mod eval;
+mod import;
 pub mod inspect;
 pub mod pack;
 mod predict;
@@ -18,7 +19,7 @@ pub mod synth;
 pub mod tokenizer;
 pub mod verify;
 
-pub use calibrate::{CalibrationOptions, Target};
+pub use calibrate::{CalibrationOptions, LowRankOptions, Target};
 pub use convert::{ConvertOptions, ConvertReport, Predictor, convert};
 pub use error::PrepError;
 pub use eval::{Contender, EvalOptions, Evaluation, eval};

@@ -14,8 +14,8 @@
 
 use format_spec::{ModelConfig, RopeScaling};
 use kernels::{
-    AttentionScratch, AttentionShape, BitPlanes, Cpu, Elements, Limits, Matvec, MlpCounts, MlpScratch, Rows,
-    Thresholds, bytes,
+    AttentionScratch, AttentionShape, BitPlanes, Cpu, Elements, Limits, LowRank, Matvec, MlpCounts,
+    MlpScratch, Rows, Thresholds, bytes,
 };
 
 use crate::RuntimeError;
@@ -223,8 +223,7 @@ impl<'m> CpuEngine<'m> {
             None => false,
         };
         let rows = rows_of(&self.rows[layer], w);
-        let is_predicted = matches!(rows, Rows::Predicted { .. } | Rows::Scored { .. });
-        let is_masked = has_own_mask || masked && is_predicted;
+        let is_masked = has_own_mask || masked && rows.is_predicted();
         if is_masked && !has_own_mask {
             self.cpu.predict(&rows, n_tokens, b.normed, b.skip)?;
         }
@@ -276,6 +275,12 @@ impl<'m> Engine<'m> for CpuEngine<'m> {
 
     fn n_batch(&self) -> usize {
         self.buffers.n_batch_max.min(N_BATCH)
+    }
+
+    fn set_factors(&mut self, factors: &[Option<LowRank<'m>>]) {
+        for (layer, &factors) in self.weights.layers.iter_mut().zip(factors) {
+            layer.low_rank = factors;
+        }
     }
 
     fn set_planes(&mut self, planes: &[Option<BitPlanes<'m>>]) -> bool {
@@ -358,7 +363,10 @@ pub(crate) fn measure_read_gb_per_s(cpu: &Cpu) -> f64 {
 pub(crate) fn rows_of<'a>(choice: &'a RowChoice, w: &LayerWeights<'a>) -> Rows<'a> {
     let planes = || w.planes.expect("the reader checked that a layer with limits has sign words");
     let predicted = |limits| Rows::Predicted { signs: planes().signs, limits };
-    let scored = |thresholds| Rows::Scored { planes: planes(), thresholds };
+    let scored = |thresholds| match w.low_rank {
+        Some(factors) => Rows::LowRank { factors, thresholds },
+        None => Rows::Scored { planes: planes(), thresholds },
+    };
     match choice {
         RowChoice::All => Rows::All,
         RowChoice::Active => Rows::Active,

@@ -4,9 +4,9 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 
-use format_spec::{DType, FormatError, Layout, ModelConfig, Section, SectionKind};
+use format_spec::{DType, FormatError, Layout, ModelConfig, PredictorKind, Section, SectionKind};
 use half::{bf16, f16};
-use kernels::{BitPlanes, Elements, Matrix, MlpWeights, SignMatrix};
+use kernels::{BitPlanes, Elements, LowRank, Matrix, MlpWeights, Residual, SignMatrix};
 use memmap2::Mmap;
 
 use crate::RuntimeError;
@@ -36,6 +36,8 @@ pub(crate) struct LayerWeights<'m> {
     pub(crate) mlp: MlpWeights<'m>,
     /// What prediction reads, in files made for it.
     pub(crate) planes: Option<BitPlanes<'m>>,
+    /// The factors of a predictor of low rank, in place of planes.
+    pub(crate) low_rank: Option<LowRank<'m>>,
 }
 
 impl<'m> LayerWeights<'m> {
@@ -115,13 +117,17 @@ impl Model {
 
     /// Sign words of W_gate of `layer`, `(intermediate_size, ceil(hidden_size / 32))`.
     fn gate_signs(&self, layer: usize) -> Option<SignMatrix<'_>> {
-        let section = self.layout.find(SectionKind::GateSigns, Some(layer as u32))?;
+        self.layout.find(SectionKind::GateSigns, Some(layer as u32)).map(|section| self.sign_matrix(section))
+    }
+
+    /// The words of `section`, signs of a matrix of the shape of W_gate.
+    fn sign_matrix(&self, section: &Section) -> SignMatrix<'_> {
         let config = self.config();
-        Some(SignMatrix {
+        SignMatrix {
             words: bytemuck::cast_slice(section.bytes(&self.map)),
             n_rows: config.intermediate_size as usize,
             n_words: config.hidden_size.div_ceil(32) as usize,
-        })
+        }
     }
 
     /// Gate projection of `layer`, `(intermediate_size, hidden_size)`.
@@ -138,6 +144,20 @@ impl Model {
         let low = self.layout.find(SectionKind::GatePlanes, Some(layer as u32));
         let low = low.map_or(&[][..], |section| bytemuck::cast_slice(section.bytes(&self.map)));
         Some(BitPlanes { signs: self.gate_signs(layer)?, low })
+    }
+
+    /// The factors that `layer` predicts with, where its predictor is of low rank.
+    pub fn low_rank(&self, layer: usize) -> Option<LowRank<'_>> {
+        let kind = self.layout.predictors().get(layer)?.kind;
+        kind.has_factors().then(|| LowRank {
+            fc1: self.matrix(SectionKind::GateFc1, Some(layer)),
+            fc2: self.matrix(SectionKind::GateFc2, Some(layer)),
+            relu: kind == PredictorKind::LowRankRelu,
+            residual: kind.has_residual().then(|| Residual {
+                signs: self.sign_matrix(self.section(SectionKind::ResidualSigns, Some(layer))),
+                scales: self.floats(SectionKind::ResidualScales, Some(layer)),
+            }),
+        })
     }
 
     /// Offsets on the thresholds of the rows of `layer`, `(intermediate_size,)`, where the file has them.
@@ -203,6 +223,7 @@ impl Model {
                 down_t: matrix(SectionKind::WDownT),
             },
             planes: self.gate_planes(layer),
+            low_rank: self.low_rank(layer),
         }
     }
 

@@ -2,7 +2,7 @@
 
 use format_spec::calibration::{alpha_from_limit, limit_from_alpha};
 use format_spec::{BudgetPoint, PredictorKind, SectionKind};
-use kernels::{BitPlanes, ShapeError};
+use kernels::{BitPlanes, LowRank, ShapeError};
 
 use crate::adaptive::Adaptive;
 use crate::audit::{Audit, AuditOptions, AuditReport, BatchAudit};
@@ -65,6 +65,8 @@ pub struct MlpBatch<'a> {
 pub struct LayerPrediction<'m> {
     /// W_gate in a few bits; an exact layer needs none.
     pub planes: Option<BitPlanes<'m>>,
+    /// Factors of low rank, which scores are then made of in place of planes.
+    pub low_rank: Option<LowRank<'m>>,
     /// What is compared with them.
     pub limit: PredictionLimit,
 }
@@ -129,6 +131,8 @@ pub struct Session<'m> {
     limits: Vec<Option<f32>>,
     /// In place of the stored limits and thresholds, one for each layer.
     budget: Option<Vec<f32>>,
+    /// Layers whose predictor the backend lacks, so that they are exact.
+    n_not_predicted: usize,
     /// The engine has planes of [`Session::set_prediction`].
     has_own_planes: bool,
     usage: Usage,
@@ -180,6 +184,7 @@ impl<'m> Session<'m> {
             n_batch_max: options.n_batch_max,
             limits: Vec::new(),
             budget: None,
+            n_not_predicted: 0,
             has_own_planes: false,
             usage: Usage::default(),
             audit: None,
@@ -216,13 +221,23 @@ impl<'m> Session<'m> {
         }
         if self.has_own_planes {
             let planes = (0..records.len()).map(|layer| self.model.gate_planes(layer));
+            let factors = (0..records.len()).map(|layer| self.model.low_rank(layer));
             self.has_own_planes = !self.engine.set_planes(&planes.collect::<Vec<_>>());
+            self.engine.set_factors(&factors.collect::<Vec<_>>());
         }
         let choice = |layer: usize| {
             let budget = self.budget.as_ref().map(|limits| limits[layer]);
             RowChoice::new(mode, stored_rows(self.model, layer, budget, alpha_scale))
         };
-        self.set_rows((0..records.len()).map(choice).collect())
+        let mut rows: Vec<RowChoice> = (0..records.len()).map(choice).collect();
+        self.n_not_predicted = 0;
+        for (rows, record) in rows.iter_mut().zip(records) {
+            if rows.is_predicted() && record.kind.has_factors() && !self.engine.has_low_rank() {
+                *rows = RowChoice::Active;
+                self.n_not_predicted += 1;
+            }
+        }
+        self.set_rows(rows)
     }
 
     /// Has decode keep the gate rows whose n_neg is at most the layer's limit, `(num_hidden_layers,)`, whatever the
@@ -304,16 +319,21 @@ impl<'m> Session<'m> {
     }
 
     /// Predicts with `layers` in place of the file's records, until the next [`Session::set_mode`]; audits end. False, and
-    /// nothing changes, on a backend that takes no other planes than the file's.
+    /// nothing changes, on a backend that takes no other planes than the file's or lacks low rank.
     ///
     /// # Panics
-    /// If there is not one for each layer; in decoding, if a layer that is not exact has no planes.
+    /// If there is not one for each layer; in decoding, if a layer that is not exact has neither planes nor factors.
     pub fn set_prediction(&mut self, layers: Vec<LayerPrediction<'m>>) -> bool {
         assert_eq!(layers.len(), self.model.config().num_hidden_layers as usize, "one for each layer");
         let planes: Vec<Option<BitPlanes<'m>>> = layers.iter().map(|layer| layer.planes).collect();
+        let factors: Vec<Option<LowRank<'m>>> = layers.iter().map(|layer| layer.low_rank).collect();
+        if factors.iter().any(Option::is_some) && !self.engine.has_low_rank() {
+            return false;
+        }
         if !self.engine.set_planes(&planes) {
             return false;
         }
+        self.engine.set_factors(&factors);
         self.has_own_planes = true;
         (self.audit, self.adaptive) = (None, None);
         let rows = layers.into_iter().map(|layer| match layer.limit {
@@ -361,9 +381,14 @@ impl<'m> Session<'m> {
         self.engine.n_batch()
     }
 
-    /// What runs the model, for people: `cpu (avx512, 2 threads)`.
+    /// What runs the model, for people: `cpu (avx512, 2 threads)`. A backend that lacks the predictor of a layer computes
+    /// its gate rows exactly and says so here.
     pub fn backend(&self) -> String {
-        self.engine.describe()
+        let engine = self.engine.describe();
+        match self.n_not_predicted {
+            0 => engine,
+            n_layers => format!("{engine}, {n_layers} layers exact as it lacks their predictor"),
+        }
     }
 
     /// The limits on n_neg, or thresholds on scores, that decoding uses, one per layer (the widest where rows have
@@ -595,7 +620,12 @@ fn stored_rows(model: &Model, layer: usize, budget: Option<f32>, alpha_scale: f6
             let scaled = limits.map(|&limit| scaled(limit, alpha_from_limit(limit, hidden_size)));
             Some(RowChoice::RowLimits(scaled.collect()))
         }
-        PredictorKind::SignX8 | PredictorKind::W2 | PredictorKind::W3 => {
+        PredictorKind::SignX8
+        | PredictorKind::W2
+        | PredictorKind::W3
+        | PredictorKind::LowRank
+        | PredictorKind::LowRankRelu
+        | PredictorKind::LowRankSign => {
             let threshold = budget.unwrap_or(record.threshold);
             Some(match model.gate_offsets(layer) {
                 None => RowChoice::Threshold(threshold),

@@ -1,6 +1,6 @@
 //! One case per rule: a good file with one field changed, checksummed again so that the rule itself fires.
 
-use format_spec::{Activation, DType, FormatError, Layout, PredictorKind, SectionKind, Tokenizer};
+use format_spec::{Activation, DType, FormatError, Layout, PredictorKind, SectionKind, Shape, Tokenizer};
 
 use crate::patch::{Patch, assert_refused, header, read_all, record, refused, row};
 use crate::sample::{Sample, config};
@@ -56,9 +56,9 @@ fn the_other_byte_order() {
 #[test]
 fn another_major_version() {
     let error = refused(&good(), |file| file.bytes[header::MAJOR] = 2);
-    assert_refused!(error, FormatError::Version { found: (2, 1), .. }, "byte 8", "2.1", "1.x");
+    assert_refused!(error, FormatError::Version { found: (2, 2), .. }, "byte 8", "2.2", "1.x");
     let error = refused(&good(), |file| file.bytes[header::MAJOR] = 0);
-    assert_refused!(error, FormatError::Version { found: (0, 1), .. }, "0.1");
+    assert_refused!(error, FormatError::Version { found: (0, 2), .. }, "0.2");
 }
 
 #[test]
@@ -530,9 +530,11 @@ fn refused_record(at: usize, value: u32) -> FormatError {
 
 #[test]
 fn predictor_records_out_of_range() {
-    let error = refused_record(record::KIND, 4);
-    assert_refused!(error, FormatError::ReservedCode { .. }, "(predictors)", "low-rank parts", "reserved");
-    assert_refused!(refused_record(record::KIND, 7), FormatError::UnknownCode { .. }, "predictor kind is 7");
+    assert_refused!(
+        refused_record(record::KIND, 99),
+        FormatError::UnknownCode { .. },
+        "predictor kind is 99"
+    );
     let error = refused_record(record::RESERVED + 4, 1);
     let at = Patch { bytes: good() }.section(SectionKind::Predictors, None) + 64 + 40;
     assert_refused!(error, FormatError::Reserved { .. }, "(predictors)", format!("byte {at}"));
@@ -561,7 +563,7 @@ fn thresholds_of_other_kinds_and_such_as_are_no_numbers() {
 
 /// A good file whose last layer has a predictor of `kind`.
 fn scored(kind: PredictorKind) -> Vec<u8> {
-    let seed = (0..4).find(|&seed| Sample::new(config(), DType::F16, seed).predictors[1].kind == kind);
+    let seed = (0..8).find(|&seed| Sample::new(config(), DType::F16, seed).predictors[1].kind == kind);
     Sample::new(config(), DType::F16, seed.expect("a seed of each kind")).bytes()
 }
 
@@ -595,6 +597,64 @@ fn planes_and_offsets_that_do_not_fit() {
         "(gate_offsets, layer 1)",
         "inf",
         "finite"
+    );
+}
+
+#[test]
+fn factors_that_do_not_fit() {
+    let kind_at =
+        |file: &Patch| file.section(SectionKind::Predictors, None) + record::RECORD_LEN + record::KIND;
+    let bytes = scored(PredictorKind::LowRank);
+    let error = refused(&bytes, |file| file.u32(kind_at(file), 3));
+    assert_refused!(
+        error,
+        FormatError::GateFactors { section: SectionKind::GateFc1, .. },
+        "gate_fc1 of layer 1",
+        "sign_x8"
+    );
+    let error = refused(&scored(PredictorKind::SignX8), |file| file.u32(kind_at(file), 7));
+    assert_refused!(
+        error,
+        FormatError::MissingSection { kind: SectionKind::GateFc1, .. },
+        "gate_fc1",
+        "layer 1"
+    );
+    let error = refused(&scored(PredictorKind::LowRank), |file| file.u32(kind_at(file), 8));
+    assert_refused!(
+        error,
+        FormatError::MissingSection { kind: SectionKind::ResidualSigns, .. },
+        "residual_signs",
+        "layer 1"
+    );
+    let bytes = scored(PredictorKind::LowRankSign);
+    let error = refused(&bytes, |file| file.u32(kind_at(file), 4));
+    assert_refused!(
+        error,
+        FormatError::GateFactors { section: SectionKind::ResidualSigns, .. },
+        "residual_signs of layer 1",
+        "low_rank"
+    );
+    let error = refused(&bytes, |file| {
+        let at = file.section(SectionKind::ResidualSigns, Some(1)) + 3 * 8 + 4;
+        file.u32(at, file.get_u32(at) | 1 << 4);
+    });
+    assert_refused!(error, FormatError::SignTail { row: 3, .. }, "(residual_signs, layer 1)", "column 36");
+    let error = refused(&bytes, |file| {
+        file.f32(file.section(SectionKind::ResidualScales, Some(1)) + 5 * 4, f32::NAN);
+    });
+    assert_refused!(error, FormatError::GateOffset { row: 5, .. }, "(residual_scales, layer 1)", "NaN");
+    let mut sample = Sample::new(config(), DType::F16, 4);
+    let fc2 = sample.weights.iter_mut().find(|(spec, _)| spec.kind == SectionKind::GateFc2).expect("there");
+    fc2.0.shape = Shape::new(&[fc2.0.shape.dims()[0], 2]);
+    fc2.1.truncate(fc2.1.len() / 3 * 2);
+    let folder = tempfile::tempdir().expect("a scratch folder");
+    let mut writer = sample.begin(&folder.path().join("out.sinf"), false);
+    let error = writer.seal(&sample.tail()).expect_err("refused");
+    assert_refused!(
+        error,
+        FormatError::GateRank { found: 2, expected: 3, .. },
+        "gate_fc2 of layer 1",
+        "2 columns"
     );
 }
 

@@ -89,6 +89,17 @@ impl Sample {
                 let spec = spec(&config, SectionKind::GateOffsets, Some(layer), DType::F32);
                 weights.push((spec, offsets.collect()));
             }
+            if kind.has_factors() {
+                let rank = 3.min(config.hidden_size);
+                weights.extend(factors(&config, layer, rank, &mut values));
+            }
+            if kind.has_residual() {
+                let one = planes(&config, layer, 1, &mut values).1;
+                weights.push((spec(&config, SectionKind::ResidualSigns, Some(layer), DType::U32), one));
+                let scales = (0..config.intermediate_size).flat_map(|_| values.next().abs().to_le_bytes());
+                let spec = spec(&config, SectionKind::ResidualScales, Some(layer), DType::F32);
+                weights.push((spec, scales.collect()));
+            }
             if kind == PredictorKind::SignPerRow {
                 let limit = |row| (row * 7 + 1) % (config.hidden_size + 1);
                 let bytes = (0..config.intermediate_size).flat_map(|row| limit(row).to_le_bytes()).collect();
@@ -268,14 +279,35 @@ fn planes(config: &ModelConfig, layer: u32, n_planes: u32, values: &mut Values) 
     (spec, bytes)
 }
 
+/// The factors of a predictor of low rank.
+fn factors(config: &ModelConfig, layer: u32, rank: u32, values: &mut Values) -> [(SectionSpec, Vec<u8>); 2] {
+    let shapes = [
+        (SectionKind::GateFc1, [rank, config.hidden_size]),
+        (SectionKind::GateFc2, [config.intermediate_size, rank]),
+    ];
+    shapes.map(|(kind, dims)| {
+        let shape = Shape::new(&dims.map(u64::from));
+        let spec = SectionSpec {
+            kind,
+            layer: Some(layer),
+            dtype: DType::F16,
+            shape,
+            encoding: kind.encoding(),
+            required: kind.is_required(),
+        };
+        let n_elements = shape.n_elements().expect("small");
+        (spec, (0..n_elements).flat_map(|_| f16::from_f32(values.next()).to_le_bytes()).collect())
+    })
+}
+
 fn record(config: &ModelConfig, layer: u32, is_sparse: bool, seed: u64) -> PredictorRecord {
     let is_last = layer + 1 == config.num_hidden_layers;
     let kind = match (is_sparse, is_last) {
         (false, _) => PredictorKind::Off,
         (true, false) => PredictorKind::Sign,
         (true, true) => {
-            use PredictorKind::{SignPerRow, SignX8, W2, W3};
-            [W2, SignPerRow, W3, SignX8][seed as usize % 4]
+            use PredictorKind::{LowRank, LowRankRelu, LowRankSign, SignPerRow, SignX8, W2, W3};
+            [W2, SignPerRow, W3, SignX8, LowRank, SignPerRow, LowRankSign, LowRankRelu][seed as usize % 8]
         }
     };
     let (limit, alpha) = match kind {

@@ -18,6 +18,7 @@ use super::Isa;
 #[cfg(target_arch = "x86_64")]
 use super::lanes::{Avx2, Avx512};
 use super::lanes::{Element, Lanes, Portable, load_partial};
+use super::low_rank;
 use super::pool::{Pool, Shared};
 use super::scores::{self, Quantised, Scores};
 use super::signs::{self, Signs};
@@ -317,6 +318,8 @@ pub(super) struct Scratch {
     counts: Vec<MlpCounts>,
     x_words: Vec<u32>,
     q: Vec<i8>,
+    /// The product with the first factor of a predictor of low rank, which is of no higher rank than W_gate.
+    inner: Vec<f32>,
     /// Rows that the predictor left out, filled for audits alone.
     skip: Vec<bool>,
     /// Of each chunk of an audit.
@@ -331,6 +334,7 @@ impl Scratch {
             counts: vec![MlpCounts::default(); intermediate_size.div_ceil(MLP_ROWS)],
             x_words: vec![0; hidden_size.div_ceil(32)],
             q: vec![0; scores::q_len(hidden_size)],
+            inner: vec![0.0; hidden_size],
             skip: vec![false; intermediate_size],
             // The sample and the kept rows end in a part of a chunk each.
             audits: vec![MlpAudit::default(); 2 * intermediate_size.div_ceil(AUDIT_ROWS)],
@@ -351,6 +355,7 @@ struct GateUp<'a> {
     x: &'a [f32],
     x_words: &'a [u32],
     quantised: Quantised<'a>,
+    inner: &'a [f32],
     rows: Shared<u32>,
     h: Shared<f32>,
     counts: Shared<MlpCounts>,
@@ -399,6 +404,12 @@ pub(super) fn mlp(
         Rows::All | Rows::Active => {}
         Rows::Predicted { .. } => sign_pack(isa, x, &mut scratch.x_words),
         Rows::Scored { .. } => quantised = scores::quantise(x, &mut scratch.q),
+        Rows::LowRank { factors, .. } => {
+            low_rank::product(isa, pool, &factors.fc1, 1, x, &mut scratch.inner, factors.relu);
+            if factors.residual.is_some() {
+                quantised = scores::quantise(x, &mut scratch.q);
+            }
+        }
     }
     let args = GateUp {
         w: *w,
@@ -407,6 +418,7 @@ pub(super) fn mlp(
         x,
         x_words: &scratch.x_words,
         quantised,
+        inner: &scratch.inner,
         rows: Shared::new(&mut scratch.rows),
         h: Shared::new(&mut scratch.h),
         counts: Shared::new(&mut scratch.counts),
@@ -491,8 +503,7 @@ unsafe fn gate_up_chunk<L: Signs + Scores>(args: &GateUp<'_>, chunk: usize) {
         let h = args.h.slice(row0, n_rows);
         let counts = &mut args.counts.slice(chunk, 1)[0];
         if let Some(skip) = &args.skip {
-            let is_predicted = matches!(args.select, Rows::Predicted { .. } | Rows::Scored { .. });
-            skip.slice(row0, n_rows).fill(is_predicted);
+            skip.slice(row0, n_rows).fill(args.select.is_predicted());
         }
         match args.select {
             Rows::All => {
@@ -524,7 +535,7 @@ unsafe fn gate_up_chunk<L: Signs + Scores>(args: &GateUp<'_>, chunk: usize) {
                 });
                 *counts = MlpCounts { n_kept: n_rows, n_active };
             }
-            Rows::Predicted { .. } | Rows::Scored { .. } => {
+            Rows::Predicted { .. } | Rows::Scored { .. } | Rows::LowRank { .. } => {
                 let n_kept = keep::<L>(args, row0, rows);
                 if let Some(skip) = &args.skip {
                     let skip = skip.slice(row0, n_rows);
@@ -680,6 +691,12 @@ unsafe fn keep<L: Signs + Scores>(args: &GateUp<'_>, row0: usize, rows: &mut [u3
                     let scale = args.quantised.scale;
                     std::array::from_fn(|r| {
                         r < n_group && scores::is_kept(scores[r], thresholds.of(row + r), scale)
+                    })
+                }
+                Rows::LowRank { factors, thresholds } => {
+                    let scores = low_rank::scores::<L>(factors, row, n_group, args.inner, &args.quantised);
+                    std::array::from_fn(|r| {
+                        r < n_group && low_rank::is_kept(scores[r], thresholds.of(row + r))
                     })
                 }
             }

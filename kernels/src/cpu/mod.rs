@@ -5,14 +5,15 @@ mod decode;
 mod elementwise;
 mod gemm;
 mod lanes;
+mod low_rank;
 mod pool;
 mod scores;
 mod signs;
 
 use crate::shape::check;
 use crate::{
-    Activation, AttentionShape, BitPlanes, Elements, Limits, Matrix, Matvec, MlpAudit, MlpCounts, MlpWeights,
-    PLANES_MAX, Rows, ShapeError, SignMatrix, Thresholds,
+    Activation, AttentionShape, BitPlanes, Elements, Limits, LowRank, Matrix, Matvec, MlpAudit, MlpCounts,
+    MlpWeights, PLANES_MAX, Residual, Rows, ShapeError, SignMatrix, Thresholds,
 };
 
 /// Instruction set of the vector paths.
@@ -417,6 +418,32 @@ impl Cpu {
         Ok(())
     }
 
+    /// Scores of low rank of a batch. For calibration and tests. Shapes: `x (n_tokens, n_cols)`,
+    /// `scores (n_tokens, n_rows)`.
+    pub fn low_rank_scores(
+        &self,
+        factors: &LowRank<'_>,
+        n_tokens: usize,
+        x: &[f32],
+        scores: &mut [f32],
+    ) -> Result<(), ShapeError> {
+        check_low_rank(factors, factors.fc2.n_rows, factors.fc1.n_cols)?;
+        check("scores output", n_tokens * factors.fc2.n_rows, scores.len())?;
+        check("scores input", n_tokens * factors.fc1.n_cols, x.len())?;
+        let mut inner = vec![0.0; n_tokens * factors.fc1.n_rows];
+        low_rank::product(self.isa, &self.pool, &factors.fc1, n_tokens, x, &mut inner, factors.relu);
+        low_rank::product(self.isa, &self.pool, &factors.fc2, n_tokens, &inner, scores, false);
+        if let Some(Residual { signs, scales }) = factors.residual {
+            let (mut sums, mut x_scales) = (vec![0; scores.len()], vec![0.0; n_tokens]);
+            self.scores(&BitPlanes { signs, low: &[] }, n_tokens, x, &mut sums, &mut x_scales)?;
+            for (idx, (score, sum)) in scores.iter_mut().zip(sums).enumerate() {
+                let unit = low_rank::unit(x_scales[idx / scales.len()]);
+                *score += low_rank::residual_part(sum, unit, scales[idx % scales.len()]);
+            }
+        }
+        Ok(())
+    }
+
     /// `skip[token, row]` of what `rows` predicts, for a batch. Without a prediction nothing is skipped.
     /// Shapes: `x (n_tokens, n_cols)`, `skip (n_tokens, n_rows)`.
     pub fn predict(
@@ -444,6 +471,14 @@ impl Cpu {
                 for (idx, (skip, score)) in skip.iter_mut().zip(scores).enumerate() {
                     let (token, row) = (idx / n_rows, idx % n_rows);
                     *skip = !scores::is_kept(score, thresholds.of(row), scales[token]);
+                }
+            }
+            Rows::LowRank { factors, thresholds } => {
+                check_thresholds(thresholds, factors.fc2.n_rows)?;
+                let mut scores = vec![0.0; skip.len()];
+                self.low_rank_scores(factors, n_tokens, x, &mut scores)?;
+                for (idx, (skip, score)) in skip.iter_mut().zip(scores).enumerate() {
+                    *skip = !low_rank::is_kept(score, thresholds.of(idx % factors.fc2.n_rows));
                 }
             }
         }
@@ -500,7 +535,26 @@ fn check_mlp(
             check_planes(planes, n_cols)?;
             check_thresholds(thresholds, n_rows)
         }
+        Rows::LowRank { factors, thresholds } => {
+            check_low_rank(factors, n_rows, n_cols)?;
+            check_thresholds(thresholds, n_rows)
+        }
     }
+}
+
+fn check_low_rank(factors: &LowRank<'_>, n_rows: usize, n_cols: usize) -> Result<(), ShapeError> {
+    let LowRank { fc1, fc2, residual, .. } = factors;
+    if let Some(Residual { signs, scales }) = residual {
+        check("rows of residual signs", n_rows, signs.n_rows)?;
+        check_signs(signs, n_cols)?;
+        check("scales of a residual", n_rows, scales.len())?;
+    }
+    check_matrix(fc1)?;
+    check_matrix(fc2)?;
+    check("columns of the first factor", n_cols, fc1.n_cols)?;
+    check("rows of the second factor", n_rows, fc2.n_rows)?;
+    check("columns of the second factor", fc1.n_rows, fc2.n_cols)?;
+    check("rank", fc1.n_rows.min(n_cols), fc1.n_rows)
 }
 
 fn check_matrix(w: &Matrix<'_>) -> Result<(), ShapeError> {

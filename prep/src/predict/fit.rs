@@ -6,7 +6,7 @@ use kernels::{BitPlanes, Cpu};
 use runtime::{MlpBatch, MlpObserver, Model, Session};
 
 use super::histogram::{Activity, bin_of_score};
-use super::low_rank::LowRank;
+use super::low_rank::{Factors, LowRankSource, rank_of};
 use super::offsets::RowLines;
 use super::planes::LowPlanes;
 use super::{Histogram, Kind, LimitEffect, MlpBytes, Reference};
@@ -33,11 +33,12 @@ pub(crate) struct LayerFit {
     low: HashMap<Kind, LowPlanes>,
     /// What each kind with scores adds to the threshold of a row, `(intermediate_size,)`.
     offsets: HashMap<Kind, Vec<f32>>,
-    low_rank: Option<LowRank>,
+    /// Of the kinds of low rank.
+    factors: HashMap<Kind, Factors>,
 }
 
 impl<'m> Fit<'m> {
-    /// Runs `windows` through `session`, and fits `kinds`. The first `n_prefix` tokens of a window do not count.
+    /// Runs `windows` through `session`, and fits `kinds`, with factors from `source` where one is of low rank. The first `n_prefix` tokens of a window do not count.
     ///
     /// # Errors
     /// A failed pass, [`PrepError::NotFinite`], [`PrepError::Interrupted`].
@@ -46,20 +47,40 @@ impl<'m> Fit<'m> {
         windows: &[Vec<u32>],
         n_prefix: usize,
         kinds: &[Kind],
+        source: &LowRankSource,
         n_threads: usize,
         progress: &Progress,
     ) -> Result<Self, PrepError> {
         let model = session.model();
         let mut observer = Observer::new(model, n_prefix, kinds, n_threads);
-        if kinds.contains(&Kind::Svd) {
-            let mut gates = Gates { n_prefix, layers: vec![Vec::new(); observer.layers.len()] };
-            for window in windows {
-                session.reset();
-                session.forward_batch(window, false, None, Some(&mut gates))?;
-                progress.check()?;
-            }
-            for (layer, (sums, gates)) in observer.layers.iter_mut().zip(gates.layers).enumerate() {
-                sums.low_rank = Some(LowRank::new(&observer.cpu, &model.w_gate(layer), &gates));
+        for kind in kinds.iter().copied().filter(|kind| kind.has_factors()) {
+            match source {
+                LowRankSource::Fitted { rank } => {
+                    let mut gates = Gates { n_prefix, layers: vec![Vec::new(); observer.layers.len()] };
+                    for window in windows {
+                        session.reset();
+                        session.forward_batch(window, false, None, Some(&mut gates))?;
+                        progress.check()?;
+                    }
+                    for (layer, (sums, gates)) in observer.layers.iter_mut().zip(gates.layers).enumerate() {
+                        let w_gate = model.w_gate(layer);
+                        let whole = rank_of(w_gate.n_rows, w_gate.n_cols);
+                        let has_residual = kind == Kind::LowRankSign;
+                        let default = if has_residual { whole.div_ceil(3) } else { whole };
+                        let rank = rank.unwrap_or(default);
+                        let mut factors = Factors::fitted(&observer.cpu, &w_gate, &gates, rank);
+                        if has_residual {
+                            factors = factors.with_residual(&observer.cpu, &w_gate);
+                        }
+                        sums.factors.insert(kind, factors);
+                        progress.check()?;
+                    }
+                }
+                LowRankSource::Imported(layers) => {
+                    for (sums, factors) in observer.layers.iter_mut().zip(layers) {
+                        sums.factors.insert(kind, factors.clone());
+                    }
+                }
             }
         }
         let reference = Reference::new(session, windows, Some(&mut observer), progress)?;
@@ -76,9 +97,14 @@ impl<'m> Fit<'m> {
         self.layers[layer].offsets.get(&kind).map_or(&[], Vec::as_slice)
     }
 
-    /// Gates of low rank of `layer`, where [`Kind::Svd`] was fitted.
-    pub(crate) fn low_rank(&self, layer: usize) -> Option<&LowRank> {
-        self.layers[layer].low_rank.as_ref()
+    /// The factors of `kind` in `layer`, where it has some.
+    pub(crate) fn factors(&self, layer: usize, kind: Kind) -> Option<&Factors> {
+        self.layers[layer].factors.get(&kind)
+    }
+
+    /// Their rank; 0 for kinds without.
+    pub(crate) fn rank(&self, layer: usize, kind: Kind) -> usize {
+        self.factors(layer, kind).map_or(0, |factors| factors.rank)
     }
 
     /// The bits of W_gate that `kind` reads in `layer`.
@@ -123,7 +149,7 @@ struct LayerSums {
     low: HashMap<Kind, LowPlanes>,
     /// From the first window.
     offsets: HashMap<Kind, Vec<f32>>,
-    low_rank: Option<LowRank>,
+    factors: HashMap<Kind, Factors>,
 }
 
 impl<'m> Observer<'m> {
@@ -133,7 +159,7 @@ impl<'m> Observer<'m> {
                 // Without a limit, what is active does not depend on the bin.
                 Kind::Exact => (kind, Histogram::new(0)),
                 Kind::Sign => (kind, Histogram::new(model.config().hidden_size)),
-                Kind::SignX8 | Kind::W2 | Kind::W3 | Kind::Svd => (kind, Histogram::of_scores()),
+                _ => (kind, Histogram::of_scores()),
             };
             let low = |&kind: &Kind| (kind, LowPlanes::of(&model.w_gate(layer), kind.n_planes()));
             LayerSums {
@@ -141,7 +167,7 @@ impl<'m> Observer<'m> {
                 histograms: kinds.iter().map(histogram).collect(),
                 low: kinds.iter().filter(|kind| kind.n_planes() > 1).map(low).collect(),
                 offsets: HashMap::new(),
-                low_rank: None,
+                factors: HashMap::new(),
             }
         };
         Self {
@@ -161,40 +187,33 @@ impl MlpObserver for Observer<'_> {
     }
 
     fn mlp(&mut self, batch: &MlpBatch<'_>) {
-        let LayerSums { squared_norms, histograms, low, offsets, low_rank } = &mut self.layers[batch.layer];
-        let n_rows = squared_norms.len();
+        let n_rows = self.layers[batch.layer].squared_norms.len();
         let rows = |token: usize| token * n_rows..(token + 1) * n_rows;
         let activation = self.model.activation();
-        for (kind, histogram) in histograms {
-            let mut gates = Vec::new();
-            match kind {
-                Kind::Exact | Kind::Sign => {}
-                Kind::SignX8 | Kind::W2 | Kind::W3 => {
-                    let planes = planes_of(self.model, batch.layer, low.get(kind));
-                    self.scores.resize(batch.n_tokens * n_rows, 0);
-                    self.scales.resize(batch.n_tokens, 0.0);
-                    let (scores, scales) = (&mut self.scores, &mut self.scales);
-                    let result = self.cpu.scores(&planes, batch.n_tokens, batch.x, scores, scales);
-                    result.expect("the planes are of this layer");
-                    offsets.entry(*kind).or_insert_with(|| {
-                        let mut lines = RowLines::new(n_rows);
-                        for token in self.n_prefix..batch.n_tokens {
-                            let (rows, scale) = (rows(token), self.scales[token]);
-                            if scale > 0.0 {
-                                let scores =
-                                    self.scores[rows.clone()].iter().map(|&score| score as f32 / scale);
-                                let (gate, h) = (&batch.gate[rows.clone()], &batch.h[rows]);
-                                lines.add_token(scores, gate, h, squared_norms);
-                            }
+        let kinds: Vec<Kind> = self.layers[batch.layer].histograms.iter().map(|(kind, _)| *kind).collect();
+        for (idx, kind) in kinds.into_iter().enumerate() {
+            let scores = if kind.has_score() { self.scores(kind, batch) } else { Vec::new() };
+            let LayerSums { squared_norms, histograms, offsets, factors, .. } = &mut self.layers[batch.layer];
+            let histogram = &mut histograms[idx].1;
+            if kind.has_score() {
+                offsets.entry(kind).or_insert_with(|| {
+                    let mut lines = RowLines::new(n_rows);
+                    for rows in (self.n_prefix..batch.n_tokens).map(rows) {
+                        if !scores[rows.start].is_nan() {
+                            let (gate, h) = (&batch.gate[rows.clone()], &batch.h[rows.clone()]);
+                            lines.add_token(scores[rows].iter().copied(), gate, h, squared_norms);
                         }
-                        lines.offsets(squared_norms, threshold_of(activation))
-                    });
-                }
-                Kind::Svd => {
-                    let low_rank = low_rank.as_ref().expect("made before this pass");
-                    gates = low_rank.gates(&self.cpu, batch.n_tokens, batch.x);
-                }
+                    }
+                    let mut offsets = lines.offsets(squared_norms, threshold_of(activation));
+                    if let Some(factors) = factors.get(&kind) {
+                        // A bias is on the other side of the comparison.
+                        offsets.iter_mut().zip(&factors.bias).for_each(|(offset, bias)| *offset -= bias);
+                    }
+                    offsets
+                });
             }
+            let none = Vec::new();
+            let bias = factors.get(&kind).map_or(&none, |factors| &factors.bias);
             for token in self.n_prefix..batch.n_tokens {
                 let rows = rows(token);
                 let activity = Activity {
@@ -206,22 +225,42 @@ impl MlpObserver for Observer<'_> {
                 match kind {
                     Kind::Exact => histogram.add_token(std::iter::repeat_n(0, n_rows), &activity),
                     Kind::Sign => histogram.add_token(batch.n_neg[rows].iter().copied(), &activity),
-                    Kind::SignX8 | Kind::W2 | Kind::W3 => {
-                        let scale = self.scales[token];
-                        // Without a scale every row is kept.
-                        let bin = |(&score, offset): (&i32, &f32)| match scale > 0.0 {
-                            true => bin_of_score(score as f32 / scale - offset),
-                            false => 0,
+                    _ => {
+                        let bias = bias.iter().copied().chain(std::iter::repeat(0.0));
+                        let scores = scores[rows].iter().zip(&offsets[&kind]).zip(bias);
+                        // A row without a score is kept.
+                        let bin = |((score, offset), bias): ((&f32, &f32), f32)| match score.is_nan() {
+                            true => 0,
+                            false => bin_of_score(score - bias - offset),
                         };
-                        let scores = self.scores[rows].iter().zip(&offsets[kind]);
                         histogram.add_token(scores.map(bin), &activity);
-                    }
-                    Kind::Svd => {
-                        histogram.add_token(gates[rows].iter().map(|&gate| bin_of_score(gate)), &activity);
                     }
                 }
             }
         }
+    }
+}
+
+impl Observer<'_> {
+    /// Scores of `kind`, `(n_tokens, intermediate_size)`, in units of the input and with their bias; NaN where a token has
+    /// none.
+    fn scores(&mut self, kind: Kind, batch: &MlpBatch<'_>) -> Vec<f32> {
+        let LayerSums { squared_norms, low, factors, .. } = &self.layers[batch.layer];
+        if let Some(factors) = factors.get(&kind) {
+            return factors.scores(&self.cpu, batch.n_tokens, batch.x);
+        }
+        let n_rows = squared_norms.len();
+        let planes = planes_of(self.model, batch.layer, low.get(&kind));
+        self.scores.resize(batch.n_tokens * n_rows, 0);
+        self.scales.resize(batch.n_tokens, 0.0);
+        let (scores, scales) = (&mut self.scores, &mut self.scales);
+        let result = self.cpu.scores(&planes, batch.n_tokens, batch.x, scores, scales);
+        result.expect("the planes are of this layer");
+        let of_token = |(scores, &scale): (&[i32], &f32)| -> Vec<f32> {
+            let in_units = |&score: &i32| if scale > 0.0 { score as f32 / scale } else { f32::NAN };
+            scores.iter().map(in_units).collect()
+        };
+        self.scores.chunks_exact(n_rows).zip(&self.scales).flat_map(of_token).collect()
     }
 }
 
@@ -232,7 +271,7 @@ impl LayerSums {
             curves: self.histograms.iter().map(|(kind, histogram)| (*kind, histogram.steps())).collect(),
             low: self.low,
             offsets: self.offsets,
-            low_rank: self.low_rank,
+            factors: self.factors,
         }
     }
 }

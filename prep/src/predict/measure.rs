@@ -4,7 +4,7 @@ use kernels::{Cpu, Limits, Rows, Thresholds};
 use runtime::perplexity::{Distance, LayerQuality, Likelihood, RowObserver};
 use runtime::{LayerPrediction, MlpBatch, MlpObserver, PredictionLimit, Session};
 
-use super::{Fit, Kind, Setting};
+use super::{Factors, Fit, Kind, Setting};
 use crate::{PrepError, Progress};
 
 /// Most bytes of dense logits that are kept to compare with.
@@ -150,19 +150,18 @@ pub(crate) fn measure(
     })
 }
 
-/// What decoding needs to leave out the rows of `setting`; none where it has a kind that no kernel computes.
-pub(crate) fn decoded<'a>(fit: &'a Fit<'a>, setting: &Setting) -> Option<Vec<LayerPrediction<'a>>> {
+/// What decoding needs to leave out the rows of `setting`.
+pub(crate) fn decoded<'a>(fit: &'a Fit<'a>, setting: &Setting) -> Vec<LayerPrediction<'a>> {
     let layers = setting.layers.iter().enumerate().map(|(layer, setting)| {
         let limit = match setting.kind {
             Kind::Exact => PredictionLimit::Exact,
             Kind::Sign => PredictionLimit::Signs(setting.effect.limit),
-            Kind::SignX8 | Kind::W2 | Kind::W3 => {
-                PredictionLimit::Scores(thresholds(setting.limit(), fit.offsets(layer, setting.kind)))
-            }
-            Kind::Svd => return None,
+            _ => PredictionLimit::Scores(thresholds(setting.limit(), fit.offsets(layer, setting.kind))),
         };
-        let planes = (setting.kind != Kind::Exact).then(|| fit.planes(layer, setting.kind));
-        Some(LayerPrediction { planes, limit })
+        let low_rank = fit.factors(layer, setting.kind).map(Factors::view);
+        let has_planes = setting.kind != Kind::Exact && low_rank.is_none();
+        let planes = has_planes.then(|| fit.planes(layer, setting.kind));
+        LayerPrediction { planes, low_rank, limit }
     });
     layers.collect()
 }
@@ -197,15 +196,13 @@ impl MlpObserver for Observer<'_> {
                 of_rows = thresholds(setting.limit(), fit.offsets(layer, setting.kind));
                 Rows::Scored { planes: planes(), thresholds: Thresholds::PerRow(&of_rows) }
             }
-            Kind::Svd => {
-                let low_rank = fit.low_rank(layer).expect("fitted, as a setting has it");
-                for (skip, gate) in skip.iter_mut().zip(low_rank.gates(&self.cpu, n_tokens, x)) {
-                    *skip = gate < setting.limit();
-                }
-                return true;
+            Kind::LowRank | Kind::LowRankRelu | Kind::LowRankSign => {
+                of_rows = thresholds(setting.limit(), fit.offsets(layer, setting.kind));
+                let factors = fit.factors(layer, setting.kind).expect("fitted, as a setting has it").view();
+                Rows::LowRank { factors, thresholds: Thresholds::PerRow(&of_rows) }
             }
         };
-        self.cpu.predict(&rows, n_tokens, x, skip).expect("the planes are of this layer");
+        self.cpu.predict(&rows, n_tokens, x, skip).expect("planes and factors are of this layer");
         if let Masking::OneLayerEach(..) = self.masking {
             let n_rows = skip.len() / n_tokens;
             let others = skip.chunks_exact_mut(n_rows).enumerate();

@@ -18,7 +18,7 @@ use format_spec::{PredictorKind, PredictorRecord};
 
 pub(crate) use fit::{Fit, LayerFit};
 pub(crate) use histogram::{Histogram, LimitEffect};
-pub(crate) use low_rank::rank_of;
+pub(crate) use low_rank::{Factors, LowRankSource, Residual};
 pub(crate) use measure::{Masking, Measured, Reference, decoded, measure};
 pub(crate) use search::{LayerSetting, Search, Setting, budgets};
 
@@ -35,14 +35,20 @@ pub enum Kind {
     W2,
     /// W_gate in 3 bits times the input in 8.
     W3,
-    /// W_gate in low rank, f16. `prep` measures it to compare with; no file holds it.
-    Svd,
+    /// W_gate in low rank, f16, or an imported predictor of that form.
+    LowRank,
+    /// As `LowRank` with a ReLU between the factors. Only an imported one is.
+    LowRankRelu,
+    /// As `LowRank`, of a third of its rank, and signs of what that leaves times the input in 8 bits.
+    LowRankSign,
 }
 
 impl Kind {
-    /// All of them, by what they read.
-    pub const ALL: [Self; 6] = [Self::Exact, Self::Sign, Self::SignX8, Self::Svd, Self::W2, Self::W3];
-    /// Those that are worth a choice: `Sign` reads what `SignX8` reads, and foretells less.
+    /// All that can be fitted, by what they read.
+    pub const ALL: [Self; 7] =
+        [Self::Exact, Self::Sign, Self::SignX8, Self::LowRank, Self::LowRankSign, Self::W2, Self::W3];
+    /// Those that are worth a choice: `Sign` reads what `SignX8` reads, and foretells less; those of low rank take a
+    /// pass and a decomposition of their own, and read more bytes than `W2` does.
     pub const CHOICES: [Self; 4] = [Self::Exact, Self::SignX8, Self::W2, Self::W3];
 
     /// As on the command line.
@@ -53,25 +59,39 @@ impl Kind {
             Self::SignX8 => "sign-x8",
             Self::W2 => "w2",
             Self::W3 => "w3",
-            Self::Svd => "svd",
+            Self::LowRank => "low-rank",
+            Self::LowRankRelu => "low-rank-relu",
+            Self::LowRankSign => "low-rank-sign",
         }
     }
 
-    /// The code of its records, if there is one.
-    pub(crate) fn record_kind(self) -> Option<PredictorKind> {
+    /// The kind of its records.
+    pub(crate) fn record_kind(self) -> PredictorKind {
         match self {
-            Self::Exact => Some(PredictorKind::Off),
-            Self::Sign => Some(PredictorKind::Sign),
-            Self::SignX8 => Some(PredictorKind::SignX8),
-            Self::W2 => Some(PredictorKind::W2),
-            Self::W3 => Some(PredictorKind::W3),
-            Self::Svd => None,
+            Self::Exact => PredictorKind::Off,
+            Self::Sign => PredictorKind::Sign,
+            Self::SignX8 => PredictorKind::SignX8,
+            Self::W2 => PredictorKind::W2,
+            Self::W3 => PredictorKind::W3,
+            Self::LowRank => PredictorKind::LowRank,
+            Self::LowRankRelu => PredictorKind::LowRankRelu,
+            Self::LowRankSign => PredictorKind::LowRankSign,
         }
+    }
+
+    /// True for the kinds that skip rows of a low score.
+    pub(crate) fn has_score(self) -> bool {
+        self.record_kind().has_score()
+    }
+
+    /// True for the kinds whose score is made of two factors.
+    pub(crate) fn has_factors(self) -> bool {
+        self.record_kind().has_factors()
     }
 
     /// Planes of bits that it reads.
     pub(crate) fn n_planes(self) -> usize {
-        self.record_kind().map_or(0, |kind| kind.n_planes() as usize)
+        self.record_kind().n_planes() as usize
     }
 
     /// The kind that a record names; a limit for each row counts as a limit.
@@ -82,6 +102,9 @@ impl Kind {
             PredictorKind::SignX8 => Self::SignX8,
             PredictorKind::W2 => Self::W2,
             PredictorKind::W3 => Self::W3,
+            PredictorKind::LowRank => Self::LowRank,
+            PredictorKind::LowRankRelu => Self::LowRankRelu,
+            PredictorKind::LowRankSign => Self::LowRankSign,
         }
     }
 }
@@ -107,24 +130,25 @@ impl MlpBytes {
         Self { n_rows, n_cols, row, plane: n_rows * 4.0 * f64::from(config.hidden_size.div_ceil(32)) }
     }
 
-    /// What predicting with `kind` reads.
-    pub(crate) fn predictor(&self, kind: Kind) -> f64 {
+    /// What predicting with `kind` reads; `rank` counts where it has one.
+    pub(crate) fn predictor(&self, kind: Kind, rank: usize) -> f64 {
         match kind {
             Kind::Exact => 0.0,
             Kind::Sign => self.plane,
             // Planes and an offset for each row.
             Kind::SignX8 | Kind::W2 | Kind::W3 => self.plane * kind.n_planes() as f64 + 4.0 * self.n_rows,
-            // Two factors and a bias in f16.
-            Kind::Svd => {
-                let rank = rank_of(self.n_rows as usize, self.n_cols as usize) as f64;
-                2.0 * (rank * (self.n_rows + self.n_cols) + self.n_rows)
+            // Two factors in f16, and an offset for each row.
+            Kind::LowRank | Kind::LowRankRelu => {
+                2.0 * rank as f64 * (self.n_rows + self.n_cols) + 4.0 * self.n_rows
             }
+            // Signs, and a scale for each row.
+            Kind::LowRankSign => self.predictor(Kind::LowRank, rank) + self.plane + 4.0 * self.n_rows,
         }
     }
 
     /// Predictor and gate rows of a token, over a dense W_gate.
-    pub(crate) fn gate_share(&self, kind: Kind, rows_kept: f64) -> f64 {
-        self.predictor(kind) / (self.n_rows * self.row) + rows_kept
+    pub(crate) fn gate_share(&self, kind: Kind, rank: usize, rows_kept: f64) -> f64 {
+        self.predictor(kind, rank) / (self.n_rows * self.row) + rows_kept
     }
 
     /// Bytes of the three dense matrices.
@@ -133,7 +157,7 @@ impl MlpBytes {
     }
 
     /// Everything that a token reads, over the three dense matrices.
-    pub(crate) fn mlp_share(&self, kind: Kind, rows_kept: f64, rows_active_kept: f64) -> f64 {
-        (self.gate_share(kind, rows_kept) + 2.0 * rows_active_kept) / 3.0
+    pub(crate) fn mlp_share(&self, kind: Kind, rank: usize, rows_kept: f64, rows_active_kept: f64) -> f64 {
+        (self.gate_share(kind, rank, rows_kept) + 2.0 * rows_active_kept) / 3.0
     }
 }

@@ -62,7 +62,7 @@ fn root_mean_square(row: &[f32]) -> f32 {
 }
 
 /// `out = elements[start..]`.
-fn copy_row(elements: &Elements<'_>, start: usize, out: &mut [f32]) {
+pub(super) fn copy_row(elements: &Elements<'_>, start: usize, out: &mut [f32]) {
     let range = start..start + out.len();
     match elements {
         Elements::F32(v) => out.copy_from_slice(&v[range]),

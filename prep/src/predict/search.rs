@@ -44,7 +44,7 @@ impl LayerSetting {
         match self.kind {
             Kind::Exact => 0.0,
             Kind::Sign => self.effect.limit as f32,
-            Kind::SignX8 | Kind::W2 | Kind::W3 | Kind::Svd => threshold_of_bin(self.effect.limit),
+            _ => threshold_of_bin(self.effect.limit),
         }
     }
 }
@@ -91,11 +91,7 @@ impl Setting {
 
     /// Bytes of the MLPs that a token reads, over those of a dense pass, on the fitted half.
     pub(crate) fn mlp_share(&self, fit: &Fit<'_>) -> f64 {
-        let shares = self
-            .layers
-            .iter()
-            .zip(&fit.layers)
-            .map(|(layer, fitted)| layer.mlp_share(fit, fitted.rows_active));
+        let shares = self.layers.iter().enumerate().map(|(layer, setting)| setting.mlp_share(fit, layer));
         shares.sum::<f64>() / self.layers.len() as f64
     }
 
@@ -105,8 +101,9 @@ impl Setting {
 }
 
 impl LayerSetting {
-    fn mlp_share(&self, fit: &Fit<'_>, rows_active: f64) -> f64 {
-        fit.bytes.mlp_share(self.kind, self.effect.rows_kept, rows_active * self.effect.recall)
+    fn mlp_share(&self, fit: &Fit<'_>, layer: usize) -> f64 {
+        let (rank, rows_active) = (fit.rank(layer, self.kind), fit.layers[layer].rows_active);
+        fit.bytes.mlp_share(self.kind, rank, self.effect.rows_kept, rows_active * self.effect.recall)
     }
 
     /// The least bytes and penalty; of equal ones the first kind and the fewest rows.
@@ -115,8 +112,8 @@ impl LayerSetting {
         let settings = kinds
             .iter()
             .flat_map(|&kind| fitted.curves[&kind].iter().map(move |&effect| Self { kind, effect }));
-        let priced = settings
-            .map(|setting| (setting.mlp_share(fit, fitted.rows_active) + penalty(&setting.effect), setting));
+        let priced =
+            settings.map(|setting| (setting.mlp_share(fit, layer) + penalty(&setting.effect), setting));
         let cheapest = priced.min_by(|a, b| a.0.total_cmp(&b.0));
         cheapest.expect("a kind, and a curve with a point").1
     }

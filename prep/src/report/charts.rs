@@ -47,7 +47,7 @@ type Drawn = Result<(), DrawingAreaErrorKind<std::io::Error>>;
 
 impl Role {
     /// Series with colours of their own.
-    pub(super) const N_SERIES: u8 = 8;
+    pub(super) const N_SERIES: u8 = 9;
 
     fn all() -> impl Iterator<Item = Self> {
         [Self::Ink, Self::Grid, Self::Base, Self::Own, Self::Chosen]

@@ -175,7 +175,11 @@ impl Bytes {
                 SectionKind::GateSigns
                 | SectionKind::GateLimits
                 | SectionKind::GatePlanes
-                | SectionKind::GateOffsets => {
+                | SectionKind::GateOffsets
+                | SectionKind::GateFc1
+                | SectionKind::GateFc2
+                | SectionKind::ResidualSigns
+                | SectionKind::ResidualScales => {
                     // A layer without prediction has them for nothing.
                     if layout.predictors()[layer].kind != PredictorKind::Off {
                         bytes.layers[layer].predictor += len;
@@ -557,7 +561,8 @@ fn curve_of(row: &EvalRow) -> Option<(Role, &'static str)> {
         "auto" => (Role::Series(1), "auto: the best kind for each layer"),
         "sign" => (Role::Series(2), "sign"),
         "sign-x8" => (Role::Series(3), "sign-x8"),
-        "svd" => (Role::Series(4), "svd"),
+        "low-rank" => (Role::Series(4), "low-rank"),
+        "low-rank-sign" => (Role::Series(8), "low-rank-sign"),
         "w2" => (Role::Series(5), "w2"),
         "w3" => (Role::Series(6), "w3"),
         name if name.starts_with("alpha=") => (Role::Series(7), paper),
@@ -761,7 +766,7 @@ mod tests {
         };
         let mut rows =
             vec![row("dense", None, 0.0, 8e6), row("exact", None, 0.0, 4e6), row("stored", None, 0.002, 2e6)];
-        for kind in ["auto", "sign", "sign-x8", "svd", "w2", "w3"] {
+        for kind in ["auto", "sign", "sign-x8", "low-rank", "low-rank-sign", "w2", "w3"] {
             rows.push(row(kind, Some(0.001), 0.0011, 2.1e6));
             rows.push(row(kind, Some(0.01), 0.012, 1.7e6));
         }
@@ -834,8 +839,15 @@ mod tests {
             );
         }
         assert!(stored.contains("--text TEXT.txt") && !measured.contains("--text TEXT.txt"));
-        for name in ["sign-x8", "svd", "w2", "w3", "auto: the best", "sign rule of SparseInfer", "this file"]
-        {
+        for name in [
+            "sign-x8",
+            "low-rank-sign",
+            "w2",
+            "w3",
+            "auto: the best",
+            "sign rule of SparseInfer",
+            "this file",
+        ] {
             assert!(measured.contains(name), "{name}");
         }
         for row in &evaluation.rows {

@@ -319,6 +319,10 @@ impl<'m> Engine<'m> for CudaEngine<'m> {
         format!("cuda:{} ({})", self.state.ordinal, self.state.device.info().name)
     }
 
+    fn has_low_rank(&self) -> bool {
+        false
+    }
+
     fn set_rows(&mut self, rows: Vec<RowChoice>) {
         self.graph = None;
         self.drawing = None;
