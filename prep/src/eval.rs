@@ -399,8 +399,8 @@ impl Evaluation {
         )?;
         writeln!(
             out,
-            "\n                     KL, nats a token                              rows            energy  gate and      MLP bytes a\n\
-             predictor   for KL      mean     p99     max   top-1  perplexity    kept  recall   missed  predictor          token   tok/s"
+            "\n                        KL, nats a token                              rows            energy  gate and      MLP bytes a\n\
+             predictor      for KL      mean     p99     max   top-1  perplexity    kept  recall   missed  predictor          token   tok/s"
         )?;
         let mut before: Option<&EvalRow> = None;
         for row in &self.rows {
@@ -415,7 +415,7 @@ impl Evaluation {
             let tok_per_s = row.tok_per_s.map_or_else(|| "-".to_owned(), |rate| format!("{rate:.1}"));
             writeln!(
                 out,
-                "{:10}  {target:>6}  {:>8.6}  {:>6.4}  {:>6.3}  {:>5.2}%  {:>+9.2}%  {:>5.1}%  {:>5.1}%  {:>6.3}%  \
+                "{:13}  {target:>6}  {:>8.6}  {:>6.4}  {:>6.3}  {:>5.2}%  {:>+9.2}%  {:>5.1}%  {:>5.1}%  {:>6.3}%  \
                  {:>8.1}%  {:>8.2} {:>4.1}%  {tok_per_s:>6}",
                 row.predictor,
                 quality.kl_mean,
@@ -435,14 +435,14 @@ impl Evaluation {
         let Some(row) = stored.or(self.rows.first()) else { return Ok(()) };
         writeln!(
             out,
-            "\n{}, by layer\nlayer  predictor     kept   active   recall  energy missed  MB a token",
+            "\n{}, by layer\nlayer  predictor         kept   active   recall  energy missed  MB a token",
             row.predictor
         )?;
         let layers = row.quality.layers.iter().zip(&row.kinds).zip(&row.layer_bytes);
         for (idx, ((layer, kind), bytes)) in layers.enumerate() {
             writeln!(
                 out,
-                "{idx:5}  {kind:9}  {:6.2}%  {:6.2}%  {:6.2}%  {:12.4}%  {:10.3}",
+                "{idx:5}  {kind:13}  {:6.2}%  {:6.2}%  {:6.2}%  {:12.4}%  {:10.3}",
                 100.0 * layer.rows_kept,
                 100.0 * layer.rows_active,
                 100.0 * layer.recall,

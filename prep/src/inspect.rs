@@ -374,7 +374,7 @@ impl PredictorRow {
         };
         writeln!(
             out,
-            "predictor  layer    limit   alpha  rows active  rows kept   recall  energy missed  tokens"
+            "predictor      layer    limit   alpha  rows active  rows kept   recall  energy missed  tokens"
         )?;
         for row in rows {
             let limit = row.limit.map(|limit| limit.to_string());
@@ -383,7 +383,7 @@ impl PredictorRow {
             let alpha = row.alpha.map_or_else(|| "-".to_owned(), |alpha| format!("{alpha:.4}"));
             writeln!(
                 out,
-                "  {:12} {:3}  {limit:>7}  {alpha:>6}  {:>11}  {:>9}  {:>7}  {:>13}  {:>6}",
+                "  {:13}  {:3}  {limit:>7}  {alpha:>6}  {:>11}  {:>9}  {:>7}  {:>13}  {:>6}",
                 row.kind,
                 row.layer,
                 percent(row.rows_active),
