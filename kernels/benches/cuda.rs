@@ -5,10 +5,10 @@
 //!     [--ahead N]... [--overlap] [--verbose]
 //! ```
 //!
-//! Weights are random and each layer has its own, so that they come from memory, as in a text. Limits, or
-//! thresholds on scores, keep the asked share of gate rows; the activation's threshold is then set so that 11 % of all rows
-//! are active (or as many as are kept), for each predictor anew. Times are of the device, medians of `REPEATS` graph launches; bytes are the weights, sign words and cached
-//! positions that the token needs, each once.
+//! Weights are random and each layer has its own, so that they come from memory, as in a text. Limits, or thresholds on
+//! scores, keep the asked share of gate rows; the activation's threshold is then set so that 11 % of all rows are active
+//! (or as many as are kept), for each predictor anew. Times are of the device, medians of `REPEATS` graph launches; bytes
+//! are the weights, sign words and cached positions that the token needs, each once.
 #![expect(clippy::print_stdout, reason = "the table is the program's result")]
 
 use std::time::Instant;

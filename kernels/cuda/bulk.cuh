@@ -4,10 +4,6 @@
 
 #include "common.cuh"
 
-__device__ __forceinline__ uint32_t shared_address(const void* address) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(address));
-}
-
 #if __CUDA_ARCH__ >= 900
 
 __device__ __forceinline__ void init_barrier(uint64_t* barrier, uint32_t n_arrivals) {
@@ -33,12 +29,12 @@ __device__ __forceinline__ void wait_at(uint64_t* barrier, uint32_t parity) {
         : "memory");
 }
 
-// n_bytes, a multiple of 16, to shared memory at address to; one thread asks. They arrive at barrier, which has to expect
-// them.
-__device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_t n_bytes, uint64_t* barrier) {
+// n_bytes, a multiple of 16, to shared memory; one thread asks. They arrive at barrier, which has to expect them.
+__device__ __forceinline__ void copy_bulk(void* to, const void* from, uint32_t n_bytes, uint64_t* barrier) {
     asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
-        "r"(n_bytes), "r"(shared_address(barrier))
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+            shared_address(to)),
+        "l"(from), "r"(n_bytes), "r"(shared_address(barrier))
         : "memory");
 }
 

@@ -45,8 +45,25 @@ __device__ __forceinline__ uint4 load_weights(const void* address) {
     return v;
 }
 
+__device__ __forceinline__ uint32_t shared_address(const void* address) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(address));
+}
+
+// 16 bytes from global to shared memory without a register in between; zeros where there is nothing to copy.
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool in) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(in ? 16 : 0)
+                 : "memory");
+}
+
 // Makes a group of the asynchronous copies started since the last one, for waits to count.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most N of the committed groups are still on their way.
+template <int N>
+__device__ __forceinline__ void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
 
 // Elements in 16 bytes.
 template <typename T>
@@ -115,6 +132,11 @@ __device__ __forceinline__ float block_sum(float v, float* scratch) {
 
 // Rows that are read, as the host numbers them.
 enum Rows : uint32_t { ALL = 0, ACTIVE = 1, PREDICTED = 2 };
+
+// The limit of row i: its own, or the one of all rows.
+__device__ __forceinline__ uint32_t limit_of(const uint32_t* limits, uint32_t limit, int i) {
+    return limits == nullptr ? limit : __ldg(limits + i);
+}
 
 // Activations, as the host numbers them.
 enum Activation : uint32_t { RELU = 0, FATRELU = 1, SILU = 2 };

@@ -130,26 +130,22 @@ struct DecodeArgs {
     DecodeLayer layers[LAYERS_MAX];
 };
 
-__device__ __forceinline__ void copy_async(uint32_t to_shared, const void* from) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to_shared), "l"(from) : "memory");
-}
-
-// Waits until fewer than n of the latest groups are in flight, for n up to the slots that the host chooses.
-__device__ __forceinline__ void wait_copies(int n) {
+// Waits until fewer than n of the latest groups are in flight, or fewer still, for n up to the slots that the host chooses.
+__device__ __forceinline__ void wait_copies_below(int n) {
     if (n >= 9) {
-        asm volatile("cp.async.wait_group 8;" ::: "memory");
+        wait_copies<8>();
     } else if (n == 8) {
-        asm volatile("cp.async.wait_group 7;" ::: "memory");
+        wait_copies<7>();
     } else if (n >= 5) {
-        asm volatile("cp.async.wait_group 4;" ::: "memory");
+        wait_copies<4>();
     } else if (n == 4) {
-        asm volatile("cp.async.wait_group 3;" ::: "memory");
+        wait_copies<3>();
     } else if (n == 3) {
-        asm volatile("cp.async.wait_group 2;" ::: "memory");
+        wait_copies<2>();
     } else if (n == 2) {
-        asm volatile("cp.async.wait_group 1;" ::: "memory");
+        wait_copies<1>();
     } else {
-        asm volatile("cp.async.wait_group 0;" ::: "memory");
+        wait_copies<0>();
     }
 }
 
@@ -202,10 +198,10 @@ struct Decoder {
     }
     // The planes of vec in 8 bits, where rows are predicted by their score.
     __device__ __forceinline__ uint32_t* x_planes() const { return x_signs(); }
-    __device__ __forceinline__ const uint4* ring() const {
+    __device__ __forceinline__ uint4* ring() const {
         const uintptr_t end = reinterpret_cast<uintptr_t>(x_planes() + x_planes_words(n_words()));
         const uintptr_t rings = (end + RING_ALIGN - 1) & -static_cast<uintptr_t>(RING_ALIGN);
-        return reinterpret_cast<const uint4*>(rings) + warp_id() * a.n_slots * (a.slot_bytes / 16);
+        return reinterpret_cast<uint4*>(rings) + warp_id() * a.n_slots * (a.slot_bytes / 16);
     }
     __device__ __forceinline__ static float* scratch() {
         __shared__ float floats[WARP];
@@ -428,13 +424,11 @@ struct Decoder {
 #endif
     }
 
-    // How items come into the ring: on sm_90 and later an item is one bulk copy that one lane asks for, and a barrier of
-    // each slot tells of its arrival. A thread's fences, with which a barrier of the grid begins, do not wait for such
-    // copies. Before sm_90, an item is a group of copies of 16 bytes, and groups are counted.
-
-    // Asks for an item of n granules, of which this lane's first is at from. A slot has to be free.
+    // Asks for an item of n granules, of which this lane's first is at from. A slot has to be free. On sm_90 and later an
+    // item is one bulk copy that one lane asks for, and a barrier of each slot tells of its arrival; before, it is a group
+    // of copies of 16 bytes, and groups are counted.
     __device__ __forceinline__ void ask_item(const char* from, int n_granules) {
-        const uint32_t to = shared_address(ring() + ask_slot * (a.slot_bytes / 16));
+        uint4* to = ring() + ask_slot * (a.slot_bytes / 16);
 #if __CUDA_ARCH__ >= 900
         if (lane_id() == 0) {
             uint64_t* arrival = arrivals() + ask_slot;
@@ -447,7 +441,7 @@ struct Decoder {
 #pragma unroll
         for (int k = 0; k < ITEM_LOADS; k++) {
             if (lane_id() + k * WARP < n_granules) {
-                copy_async(to + (lane_id() + k * WARP) * 16, from + k * WARP * 16);
+                copy_async(to + lane_id() + k * WARP, from + k * WARP * 16, true);
             }
         }
         commit_copies();
@@ -483,7 +477,7 @@ struct Decoder {
 #if __CUDA_ARCH__ >= 900
         wait_at(arrivals() + slot, parity);
 #else
-        wait_copies(a.n_slots - n_owed);
+        wait_copies_below(a.n_slots - n_owed);
         __syncwarp();
 #endif
         return ring() + slot * (a.slot_bytes / 16);
@@ -1092,8 +1086,7 @@ struct Decoder {
             }
             bool keep = lane_id() % 4 == 0 && lane_id() / 4 < n_rows;
             if (keep) {
-                const uint32_t threshold = w.limits == nullptr ? w.limit : __ldg(w.limits + begin + first + i);
-                keep = is_kept(score, __uint_as_float(threshold), x_scale);
+                keep = is_kept(score, limit_of(w.limits, w.limit, begin + first + i), x_scale);
             }
             keep_rows(keep, first + i, n_kept);
         }
@@ -1129,7 +1122,7 @@ struct Decoder {
             const int row = first + lane_id();
             bool keep = lane_id() < n_rows;
             if (keep) {
-                keep = mine <= (w.limits == nullptr ? w.limit : __ldg(w.limits + begin + row));
+                keep = mine <= limit_of(w.limits, w.limit, begin + row);
             }
             keep_rows(keep, row, n_kept);
             if (ringed) {

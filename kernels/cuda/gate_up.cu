@@ -6,15 +6,17 @@
 // Source     SparseInfer, arXiv 2411.12692, section 3
 // Reference  reference::gate_up; skip equal bit for bit, h within TOLERANCE (sum order)
 // Shapes     x, norm (n_cols,) f32; w_gate, w_up (n_rows, n_cols) row-major; signs (n_rows, n_words) u32;
-//            low (n_planes - 1, n_rows, n_words) u32; limits (n_rows,) u32 or null for one limit, f32 for scores; h (n_rows,) f32; counts (2,) u64: rows kept, rows active
+//            low (n_planes - 1, n_rows, n_words) u32; limits (n_rows,) u32 or null for one limit, f32 for
+//            scores; h (n_rows,) f32; counts (2,) u64: rows kept, rows active
 // Needs      any n_cols (16-byte loads where rows are multiples of 16 bytes); checked in cuda::launch
 // Grid       about one block for each SM; a block takes a contiguous run of rows from the predictor to h, so nothing
 //            between the two leaves the SM
-// Block      512 threads; shared memory: n by slot, its sign words or planes, a queue of kept and of active rows, one float for
-//            each segment of its rows
-// Warp       predictor: one row of sign words, or SCORE_ROWS rows of all planes; products: one segment of one queued row at a time
-// Bytes      ALL: 2 n_rows * n_cols * sizeof(T). ACTIVE: n_rows + n_active rows. PREDICTED: n_rows * n_words * 4 for each
-//            plane, and n_kept + n_active rows. An up row is read only where the gate's activation is not zero
+// Block      512 threads; shared memory: n by slot, its sign words or planes, a queue of kept and of active rows,
+//            one float for each segment of its rows
+// Warp       predictor: one row of sign words, or SCORE_ROWS rows of all planes; products: one segment of one queued
+//            row at a time
+// Bytes      ALL: 2 n_rows * n_cols * sizeof(T). ACTIVE: n_rows + n_active rows. PREDICTED: n_rows * n_words * 4 for
+//            each plane, and n_kept + n_active rows. An up row is read only where the gate's activation is not zero
 // Order      rows enter a queue in the order warps find them, which moves work between warps, never a sum: each h[i] is
 //            one fixed sequence of additions. Integer atomics alone: repeatable bit for bit
 
@@ -128,20 +130,15 @@ __device__ __forceinline__ void gate_up(const GateUpArgs& a) {
                                        : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
             });
             __syncthreads();
-            for (int first = warp_id() * SCORE_ROWS; first < n_rows; first += blockDim.x / WARP * SCORE_ROWS) {
-                const int i = min(first + lane_id() / 4, n_rows - 1);
-                const int32_t score = bits.score(begin + i, signs);
-                if (lane_id() % 4 == 0 && first + lane_id() / 4 < n_rows) {
-                    const uint32_t threshold = a.limits == nullptr ? a.limit : __ldg(a.limits + begin + i);
-                    if (is_kept(score, __uint_as_float(threshold), scale)) {
-                        kept[atomicAdd(&n_kept, 1)] = i;
-                    }
+            bits.scores(begin, begin + n_rows, signs, [&](int row, int32_t score) {
+                if (is_kept(score, limit_of(a.limits, a.limit, row), scale)) {
+                    kept[atomicAdd(&n_kept, 1)] = row - begin;
                 }
-            }
+            });
         } else if (a.rows == PREDICTED) {
 #pragma unroll 4
             for (int i = warp_id(); i < n_rows; i += blockDim.x / WARP) {
-                const uint32_t limit = a.limits == nullptr ? a.limit : __ldg(a.limits + begin + i);
+                const uint32_t limit = limit_of(a.limits, a.limit, begin + i);
                 const bool keep = n_neg(row_signs + i * a.n_words, signs, a.n_words) <= limit;
                 if (lane_id() == 0 && keep) {
                     kept[atomicAdd(&n_kept, 1)] = i;
@@ -225,7 +222,7 @@ extern "C" __global__ __launch_bounds__(512, 2) void predict(const __grid_consta
     const int end = share_begin(a.n_rows, blockIdx.x + 1, gridDim.x);
 #pragma unroll 4
     for (int row = begin + warp_id(); row < end; row += blockDim.x / WARP) {
-        const uint32_t limit = a.limits == nullptr ? a.limit : __ldg(a.limits + row);
+        const uint32_t limit = limit_of(a.limits, a.limit, row);
         const bool skip = n_neg(a.signs + static_cast<int64_t>(row) * n_words, signs, n_words) > limit;
         if (lane_id() == 0) {
             a.skip[row] = skip;
@@ -266,13 +263,8 @@ extern "C" __global__ __launch_bounds__(512, 2) void predict_scores(const __grid
     }
     const int begin = share_begin(a.n_rows, blockIdx.x, gridDim.x);
     const int end = share_begin(a.n_rows, blockIdx.x + 1, gridDim.x);
-    for (int first = begin + warp_id() * SCORE_ROWS; first < end; first += blockDim.x / WARP * SCORE_ROWS) {
-        const int row = min(first + lane_id() / 4, end - 1);
-        const int32_t score = bits.score(row, planes);
-        if (lane_id() % 4 == 0 && first + lane_id() / 4 < end) {
-            const uint32_t threshold = a.limits == nullptr ? a.limit : __ldg(a.limits + row);
-            a.scores[row] = score;
-            a.skip[row] = !is_kept(score, __uint_as_float(threshold), scale);
-        }
-    }
+    bits.scores(begin, end, planes, [&](int row, int32_t score) {
+        a.scores[row] = score;
+        a.skip[row] = !is_kept(score, limit_of(a.limits, a.limit, row), scale);
+    });
 }

@@ -28,6 +28,17 @@ __device__ __forceinline__ void store_rounded(__nv_bfloat16* out, int64_t plane,
     out[plane] = __float2bfloat16_rn(v - __bfloat162float(high));
 }
 
+// Factor of RMSNorm for the token x (n_cols,), on every thread of the block: one fixed tree of additions, so that all who
+// normalise a batch have the same. scratch: one float for each warp.
+__device__ __forceinline__ float norm_factor(const float* x, int n_cols, float eps, float* scratch) {
+    float squares = 0.0f;
+#pragma unroll 4
+    for (int col = threadIdx.x; col < n_cols; col += blockDim.x) {
+        squares = fmaf(x[col], x[col], squares);
+    }
+    return 1.0f / sqrtf(block_sum(squares, scratch) / static_cast<float>(n_cols) + eps);
+}
+
 // store(col, load(col)) for four columns of each thread from first on, neighbours by neighbours. All loads come before
 // the first store, so that they are in flight together.
 template <typename Load, typename Store>
@@ -49,22 +60,9 @@ __device__ __forceinline__ void for_columns(int first, int n_cols, const Load& l
     }
 }
 
-// 16 bytes from global to shared memory without a register in between; zeros where there is nothing to copy.
-__device__ __forceinline__ void copy_async(void* to, const void* from, bool in) {
-    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(in ? 16 : 0)
-                 : "memory");
-}
-
-// Waits until at most N of the committed groups are still on their way.
-template <int N>
-__device__ __forceinline__ void wait_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
-
 // Four 8 x 8 matrices of 16-bit elements; lane i holds the address of row i % 8 of matrix i / 8.
 __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* row) {
-    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    const uint32_t address = shared_address(row);
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
                  : "r"(address));
@@ -72,7 +70,7 @@ __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* ro
 
 // As load_matrices, each matrix transposed.
 __device__ __forceinline__ void load_matrices_t(uint32_t (&out)[4], const void* row) {
-    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    const uint32_t address = shared_address(row);
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
                  : "r"(address));

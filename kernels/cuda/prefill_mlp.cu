@@ -121,7 +121,7 @@ extern "C" __global__ __launch_bounds__(256) void prefill_skip(const __grid_cons
             const int at_token = first_token + token + 16 * j;
             const int at_row = first_row + row + 16 * i;
             if (at_token < a.n_tokens && at_row < a.n_rows) {
-                const uint32_t limit = a.limits != nullptr ? a.limits[at_row] : a.limit;
+                const uint32_t limit = limit_of(a.limits, a.limit, at_row);
                 a.skip[static_cast<int64_t>(at_token) * a.n_rows + at_row] = n_neg[j][i] > limit;
             }
         }
@@ -153,13 +153,7 @@ extern "C" __global__ __launch_bounds__(256) void prefill_quantise(const __grid_
     const float* x = a.x + token * a.n_cols;
 
     wait_for_previous();
-    float squares = 0.0f;
-#pragma unroll 4
-    for (int col = threadIdx.x; col < a.n_cols; col += blockDim.x) {
-        squares = fmaf(x[col], x[col], squares);
-    }
-    const float mean = block_sum(squares, sums) / static_cast<float>(a.n_cols);
-    const float factor = 1.0f / sqrtf(mean + a.eps);
+    const float factor = norm_factor(x, a.n_cols, a.eps, sums);
     const float scale = quantise(n_words, a.planes + token * x_planes_words(n_words), scratch, [&](int col) {
         const auto at = [&](int c) { return c < a.n_cols ? x[c] * factor * a.weight[c] : 0.0f; };
         return make_float4(at(col), at(col + 1), at(col + 2), at(col + 3));
@@ -208,7 +202,7 @@ extern "C" __global__ __launch_bounds__(256) void prefill_skip_scores(
     }
     const int row = min(first + lane_id() / 4, a.n_rows - 1);
     const bool writes = lane_id() % 4 == 0 && first + lane_id() / 4 < a.n_rows;
-    const float threshold = __uint_as_float(a.limits == nullptr ? a.limit : a.limits[row]);
+    const uint32_t threshold = limit_of(a.limits, a.limit, row);
     const int end = min(a.n_tokens, static_cast<int>(blockIdx.y + 1) * SKIP_TOKENS);
     for (int token = blockIdx.y * SKIP_TOKENS; token < end; token++) {
         const int32_t score = bits.score(row, a.planes + static_cast<int64_t>(token) * x_planes_words(a.n_words));

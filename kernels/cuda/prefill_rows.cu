@@ -70,13 +70,7 @@ __device__ __forceinline__ void prefill_norm(const PrefillNormArgs& a) {
     T* out = static_cast<T*>(a.out) + token * a.n_cols;
 
     wait_for_previous();
-    float squares = 0.0f;
-#pragma unroll 4
-    for (int col = threadIdx.x; col < a.n_cols; col += blockDim.x) {
-        squares = fmaf(x[col], x[col], squares);
-    }
-    const float mean = block_sum(squares, scratch) / static_cast<float>(a.n_cols);
-    const float scale = 1.0f / sqrtf(mean + a.eps);
+    const float scale = norm_factor(x, a.n_cols, a.eps, scratch);
     for (int first = 0; first < n_words * WARP; first += 4 * blockDim.x) {
         for_columns(
             first, n_words * WARP,

@@ -175,9 +175,21 @@ struct BitRows {
         }
         return counts.score();
     }
+
+    // put(i, score) on one lane for each of the rows begin..end; the warps of the block take SCORE_ROWS in turn.
+    template <typename Put>
+    __device__ __forceinline__ void scores(int begin, int end, const uint32_t* x_planes, const Put& put) const {
+        for (int first = begin + warp_id() * SCORE_ROWS; first < end; first += blockDim.x / WARP * SCORE_ROWS) {
+            const int at = first + lane_id() / 4;
+            const int32_t of_row = score(min(at, end - 1), x_planes);
+            if (lane_id() % 4 == 0 && at < end) {
+                put(at, of_row);
+            }
+        }
+    }
 };
 
-// True if a row of this score is computed. A threshold that is no number at this scale keeps it.
-__device__ __forceinline__ bool is_kept(int32_t score, float threshold, float scale) {
-    return !(__int2float_rn(score) < __fmul_rn(threshold, scale));
+// True if a row of this score is computed, for the bits of its threshold. One that is no number at this scale keeps it.
+__device__ __forceinline__ bool is_kept(int32_t score, uint32_t threshold, float scale) {
+    return !(__int2float_rn(score) < __fmul_rn(__uint_as_float(threshold), scale));
 }

@@ -369,39 +369,22 @@ fn recorded_options(dtype: DType, predictor: &Plan<'_>) -> Vec<(String, String)>
 
 /// Writes the planes below the signs of the layers that have some.
 fn write_planes(writer: &mut Writer, planes: &[Vec<u32>], config: &ModelConfig) -> Result<(), PrepError> {
-    let kind = SectionKind::GatePlanes;
     for (layer, words) in (0..).zip(planes).filter(|(_, words)| !words.is_empty()) {
         let n_words = u64::from(config.hidden_size.div_ceil(32));
         let n_rows = u64::from(config.intermediate_size);
         let n_planes = words.len() as u64 / (n_rows * n_words);
-        writer.begin(SectionSpec {
-            kind,
-            layer: Some(layer),
-            dtype: DType::U32,
-            shape: Shape::new(&[n_planes, n_rows, n_words]),
-            encoding: Encoding::Raw,
-            required: kind.is_required(),
-        })?;
-        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-        writer.write(&bytes)?;
+        let shape = [n_planes, n_rows, n_words];
+        write_section(writer, SectionKind::GatePlanes, layer, &shape, words.iter().map(|v| v.to_le_bytes()))?;
     }
     Ok(())
 }
 
 /// Writes the offsets of the layers that have some.
 fn write_offsets(writer: &mut Writer, offsets: &[Vec<f32>]) -> Result<(), PrepError> {
-    let kind = SectionKind::GateOffsets;
     for (layer, offsets) in (0..).zip(offsets).filter(|(_, offsets)| !offsets.is_empty()) {
-        writer.begin(SectionSpec {
-            kind,
-            layer: Some(layer),
-            dtype: DType::F32,
-            shape: Shape::new(&[offsets.len() as u64]),
-            encoding: Encoding::Raw,
-            required: kind.is_required(),
-        })?;
-        let bytes: Vec<u8> = offsets.iter().flat_map(|offset| offset.to_le_bytes()).collect();
-        writer.write(&bytes)?;
+        let shape = [offsets.len() as u64];
+        let bytes = offsets.iter().map(|v| v.to_le_bytes());
+        write_section(writer, SectionKind::GateOffsets, layer, &shape, bytes)?;
     }
     Ok(())
 }
@@ -414,38 +397,43 @@ fn write_factors(
 ) -> Result<(), PrepError> {
     let (n_rows, n_cols) = (u64::from(config.intermediate_size), u64::from(config.hidden_size));
     for (layer, factors) in (0..).zip(layers) {
-        let Some(factors) = factors else { continue };
-        let rank = factors.rank as u64;
-        for (kind, shape, halves) in [
-            (SectionKind::GateFc1, [rank, n_cols], &factors.fc1),
-            (SectionKind::GateFc2, [n_rows, rank], &factors.fc2),
-        ] {
-            writer.begin(SectionSpec {
-                kind,
-                layer: Some(layer),
-                dtype: DType::F16,
-                shape: Shape::new(&shape),
-                encoding: Encoding::Raw,
-                required: kind.is_required(),
-            })?;
-            let bytes: Vec<u8> = halves.iter().flat_map(|half| half.to_le_bytes()).collect();
-            writer.write(&bytes)?;
-        }
-        let Some(Residual { signs, scales }) = &factors.residual else { continue };
-        let signs: Vec<u8> = signs.iter().flat_map(|word| word.to_le_bytes()).collect();
-        let scales: Vec<u8> = scales.iter().flat_map(|scale| scale.to_le_bytes()).collect();
-        for (kind, bytes) in [(SectionKind::ResidualSigns, &signs), (SectionKind::ResidualScales, &scales)] {
-            writer.begin(SectionSpec {
-                kind,
-                layer: Some(layer),
-                dtype: kind.dtypes()[0],
-                shape: kind.expected_shape(config).expect("the shape of a model's own section"),
-                encoding: kind.encoding(),
-                required: kind.is_required(),
-            })?;
-            writer.write(bytes)?;
-        }
+        let Some(Factors { rank, fc1, fc2, residual, .. }) = factors else { continue };
+        let rank = *rank as u64;
+        let (fc1, fc2) = (fc1.iter().map(|v| v.to_le_bytes()), fc2.iter().map(|v| v.to_le_bytes()));
+        write_section(writer, SectionKind::GateFc1, layer, &[rank, n_cols], fc1)?;
+        write_section(writer, SectionKind::GateFc2, layer, &[n_rows, rank], fc2)?;
+        let Some(Residual { signs, scales }) = residual else { continue };
+        let shape = [n_rows, signs.len() as u64 / n_rows];
+        write_section(
+            writer,
+            SectionKind::ResidualSigns,
+            layer,
+            &shape,
+            signs.iter().map(|v| v.to_le_bytes()),
+        )?;
+        let scales = scales.iter().map(|v| v.to_le_bytes());
+        write_section(writer, SectionKind::ResidualScales, layer, &[n_rows], scales)?;
     }
+    Ok(())
+}
+
+/// Writes a raw section of `layer`, of a kind that has one element type, from the bytes of its elements.
+fn write_section<const N: usize>(
+    writer: &mut Writer,
+    kind: SectionKind,
+    layer: u32,
+    shape: &[u64],
+    elements: impl Iterator<Item = [u8; N]>,
+) -> Result<(), PrepError> {
+    writer.begin(SectionSpec {
+        kind,
+        layer: Some(layer),
+        dtype: kind.dtypes()[0],
+        shape: Shape::new(shape),
+        encoding: Encoding::Raw,
+        required: kind.is_required(),
+    })?;
+    writer.write(&elements.flatten().collect::<Vec<u8>>())?;
     Ok(())
 }
 

@@ -117,8 +117,9 @@ pub(super) unsafe fn scores<L: Scores>(
         with_elements!(factors.fc2.data, w => dots::<L, _>(w.add(row0 * rank), rank, inner.as_ptr(), scores));
         if let Some(Residual { signs, scales }) = factors.residual {
             let sums = scores::scores::<L>(&BitPlanes { signs, low: &[] }, row0, n_rows, x);
+            let unit = unit(x.scale);
             for ((score, sum), scale) in scores.iter_mut().zip(sums).zip(&scales[row0..]) {
-                *score += residual_part(sum, unit(x.scale), *scale);
+                *score += residual_part(sum, unit, *scale);
             }
         }
     }

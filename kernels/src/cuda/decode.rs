@@ -293,8 +293,8 @@ impl Plan {
             0
         };
         let fixed_floats = d + vec_floats + TILE_FLOATS + 3 * list_rows;
-        let fixed_bytes = fixed_floats * size_of::<f32>() + x_planes_bytes(d.div_ceil(WARP));
-        let fixed_bytes = fixed_bytes + RING_ALIGN;
+        // The ring begins at its first multiple of RING_ALIGN after the rest.
+        let fixed_bytes = fixed_floats * size_of::<f32>() + x_planes_bytes(d.div_ceil(WARP)) + RING_ALIGN;
         let ring_bytes = device.shared_bytes_max().checked_sub(STATIC_BYTES + fixed_bytes)?;
         let room = ring_bytes / WARPS / slot_bytes;
         let bulk = device.info().capability >= BULK_SINCE;

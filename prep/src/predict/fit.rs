@@ -38,7 +38,8 @@ pub(crate) struct LayerFit {
 }
 
 impl<'m> Fit<'m> {
-    /// Runs `windows` through `session`, and fits `kinds`, with factors from `source` where one is of low rank. The first `n_prefix` tokens of a window do not count.
+    /// Runs `windows` through `session`, and fits `kinds`, with factors from `source` where one is of low rank. The
+    /// first `n_prefix` tokens of a window do not count.
     ///
     /// # Errors
     /// A failed pass, [`PrepError::NotFinite`], [`PrepError::Interrupted`].
@@ -53,18 +54,20 @@ impl<'m> Fit<'m> {
     ) -> Result<Self, PrepError> {
         let model = session.model();
         let mut observer = Observer::new(model, n_prefix, kinds, n_threads);
-        for kind in kinds.iter().copied().filter(|kind| kind.has_factors()) {
-            match source {
-                LowRankSource::Fitted { rank } => {
-                    let mut gates = Gates { n_prefix, layers: vec![Vec::new(); observer.layers.len()] };
-                    for window in windows {
-                        session.reset();
-                        session.forward_batch(window, false, None, Some(&mut gates))?;
-                        progress.check()?;
-                    }
-                    for (layer, (sums, gates)) in observer.layers.iter_mut().zip(gates.layers).enumerate() {
-                        let w_gate = model.w_gate(layer);
-                        let whole = rank_of(w_gate.n_rows, w_gate.n_cols);
+        let of_low_rank: Vec<Kind> = kinds.iter().copied().filter(|kind| kind.has_factors()).collect();
+        match source {
+            _ if of_low_rank.is_empty() => {}
+            LowRankSource::Fitted { rank } => {
+                let mut gates = Gates { n_prefix, layers: vec![Vec::new(); observer.layers.len()] };
+                for window in windows {
+                    session.reset();
+                    session.forward_batch(window, false, None, Some(&mut gates))?;
+                    progress.check()?;
+                }
+                for (layer, (sums, gates)) in observer.layers.iter_mut().zip(gates.layers).enumerate() {
+                    let w_gate = model.w_gate(layer);
+                    let whole = rank_of(w_gate.n_rows, w_gate.n_cols);
+                    for &kind in &of_low_rank {
                         let has_residual = kind == Kind::LowRankSign;
                         let default = if has_residual { whole.div_ceil(3) } else { whole };
                         let rank = rank.unwrap_or(default);
@@ -76,10 +79,10 @@ impl<'m> Fit<'m> {
                         progress.check()?;
                     }
                 }
-                LowRankSource::Imported(layers) => {
-                    for (sums, factors) in observer.layers.iter_mut().zip(layers) {
-                        sums.factors.insert(kind, factors.clone());
-                    }
+            }
+            LowRankSource::Imported(layers) => {
+                for (sums, factors) in observer.layers.iter_mut().zip(layers) {
+                    sums.factors.extend(of_low_rank.iter().map(|&kind| (kind, factors.clone())));
                 }
             }
         }
