@@ -1,21 +1,25 @@
-// Bulk copies into shared memory and the barriers there that tell of their arrival (sm_90 and later).
+// Barriers in shared memory that tell of copies' arrival, and bulk copies (sm_90 and later).
 
 #pragma once
 
 #include "common.cuh"
 
-#if __CUDA_ARCH__ >= 900
-
 __device__ __forceinline__ void init_barrier(uint64_t* barrier, uint32_t n_arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(n_arrivals) : "memory");
 }
 
-__device__ __forceinline__ void expect_bytes(uint64_t* barrier, uint32_t n_bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(n_bytes)
-                 : "memory");
+__device__ __forceinline__ void arrive_at(uint64_t* barrier) {
+    asm volatile(
+        "{\n"
+        ".reg .b64 state;\n"
+        "mbarrier.arrive.shared::cta.b64 state, [%0];\n"
+        "}" ::"r"(shared_address(barrier))
+        : "memory");
 }
 
+// Returns once the barrier's phase of this parity is over; of a new barrier, the phase of parity 1 is.
 __device__ __forceinline__ void wait_at(uint64_t* barrier, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
     asm volatile(
         "{\n"
         ".reg .pred done;\n"
@@ -27,6 +31,46 @@ __device__ __forceinline__ void wait_at(uint64_t* barrier, uint32_t parity) {
         "}" ::"r"(shared_address(barrier)),
         "r"(parity)
         : "memory");
+#else
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra over;\n"
+        "bra again;\n"
+        "over:\n"
+        "}" ::"r"(shared_address(barrier)),
+        "r"(parity)
+        : "memory");
+#endif
+}
+
+// True if wait_at would not wait; may take a moment to say that it would.
+__device__ __forceinline__ bool is_over(uint64_t* barrier, uint32_t parity) {
+    uint32_t over;
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n"
+        "}"
+        : "=r"(over)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+    return over != 0;
+}
+
+// The barrier is told once this thread's copies so far, by copy_async, have arrived: one of its arrivals.
+__device__ __forceinline__ void arrive_after_copies(uint64_t* barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+#if __CUDA_ARCH__ >= 900
+
+__device__ __forceinline__ void expect_bytes(uint64_t* barrier, uint32_t n_bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(n_bytes)
+                 : "memory");
 }
 
 // n_bytes, a multiple of 16, to shared memory; one thread asks. They arrive at barrier, which has to expect them.

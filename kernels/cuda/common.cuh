@@ -118,15 +118,22 @@ __device__ __forceinline__ float warp_sum(float v) {
     return v;
 }
 
-// The sum over the block on every thread, in a fixed order. scratch holds one float for each warp; the block's threads
-// have to be whole warps. Ends past a barrier; scratch is free again after the next one.
+// The threads of a block that work together, whole warps from the first on: all of them.
+struct WholeBlock {
+    __device__ __forceinline__ static int n_threads() { return blockDim.x; }
+    __device__ __forceinline__ static void sync() { __syncthreads(); }
+};
+
+// The sum over the threads of Team on every one, in a fixed order. scratch holds one float for each warp. Ends past a
+// barrier; scratch is free again after the next one.
+template <typename Team = WholeBlock>
 __device__ __forceinline__ float block_sum(float v, float* scratch) {
     v = warp_sum(v);
     if (lane_id() == 0) {
         scratch[warp_id()] = v;
     }
-    __syncthreads();
-    const int n_warps = blockDim.x / WARP;
+    Team::sync();
+    const int n_warps = Team::n_threads() / WARP;
     return warp_sum(lane_id() < n_warps ? scratch[lane_id()] : 0.0f);
 }
 

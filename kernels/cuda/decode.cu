@@ -2,66 +2,63 @@
 //
 // Computes   x = embedding[token]; for each layer what qkv, attention, matvec, gate_up and down compute, in that order;
 //            logits = lm_head rmsnorm(x); with greedy, the next token too
-// Source     persistent kernels for whole models: Megakernels (Hazy Research, 2025); queue of loads in shared memory:
-//            the multistage pipelines of CUTLASS
+// Source     persistent kernels for whole models: Megakernels (Hazy Research, 2025); a warp that loads for the others:
+//            the pipelines of CUTLASS
 // Reference  the five kernels above, each tested against reference; within TOLERANCE (sum order)
-// Shapes     as theirs; x_out (d,) f32; down_parts (n_chunks, d) f32; part_sums (n_heads, n_splits_max, head_dim) f32,
+// Shapes     as theirs; x_out (d,) f32; down_parts (gridDim.x, d) f32; part_sums (n_heads, n_splits_max, head_dim) f32,
 //            part_maxima (n_heads, n_splits_max, 2) f32; best (gridDim.x, 2) u32; sync (2,) u32: arrivals, and arrivals
 //            before this launch
 // Needs      rows of 16-byte multiples, all matrices of one type, at most 128 layers; checked in cuda::launch
 // Grid       one block for each SM, launched cooperatively; a phase of the model ends at a barrier of the whole grid
-// Block      256 threads, 1-D; shared memory: the residual, one other vector, small lists, and the ring
-// Warp       one segment of the rows of its group; the segment of the vector lies in registers. The ring is the warp's
-//            own: it brings the warp's next items, in the order of the model and across phases, so that while the block
-//            waits at a barrier or attends, the weights of the next dense phase arrive. Chosen rows of the MLP come
-//            through the emptied ring as well, all that fit at once; the next layer's items are asked for after them, as
-//            these would wait behind it. A predictor's planes come plane after plane of the same rows
-// Bytes      weights, sign words or planes and cached positions that the token needs, each once
-// Order      the work of each block, warp and lane is fixed by the shapes, the position and h; queues move work between
-//            warps, never a sum: repeatable bit for bit
-// Measured   H100 80GB, sm_90, f16, context 512, 7B shape: dense 5.13 ms a token, 2628 GB/s, 86 % of the read
-//            bandwidth; predicted (21 % of rows kept, 10 % active) 2.95 ms, 2089 GB/s, 69 %; records/
+// Block      DECODE_WARPS warps that compute and one that loads; shared memory: the vector, small lists, and the ring
+// Loads      Every row of weights comes through the ring, in the order of the model and across phases, so that while the
+//            block waits at a barrier or attends, the weights of the next dense phase arrive. The loading warp knows the
+//            order; kept rows of the MLP it brings as the predictor lists them, active rows once they are listed. Rows that
+//            nobody waits for yet come slowly, and those of the output and the predictor not before the grid has passed the
+//            phase before: the loads of a norm or of attention would queue behind them, and late blocks' rows too
+// Rows       of a block are neighbours. The down projection multiplies the same neurons' rows of w_down_t, so that h
+//            stays in the block, and leaves a part of the sum; after a barrier each block adds up the parts of its own
+//            columns
+// Bytes      weights, sign words or planes and cached positions that the token needs, each once; parts of the down
+//            projection through L2, 4 gridDim.x d bytes written and read
+// Order      the work of each block, warp and lane is fixed by the shapes, the position and h: repeatable bit for bit
+// Measured   H100 80GB, sm_90, f16, context 512, 7B shape: dense 4.80 ms a token, 2810 GB/s, 91 % of the read
+//            bandwidth; predicted (21 % of rows kept, 10 % active) 2.67 ms, 2310 GB/s, 74 %; records/
 // Tried      programmatic dependent launch of the five kernels: early blocks of the next kernel pack two to an SM and
 //            leave others empty (7B dense: 6.5 ms a token against 5.8 without). Asking L2 for rows ahead
 //            (cp.async.bulk.prefetch.L2): 2 to 40 % slower than plain loads. Shares in proportion to the speed of each SM
-//            (those of small CPCs read 1.36 times as fast): blocks end together, the token as late as before. Two items
-//            at a time from the ring: no faster. Asking for the next layer before the predictor, in the down projection
-//            or after it: 0.4 to 3 % slower than right after h is stored. A ring off a line of 128 bytes: 10 % slower
+//            (those of small CPCs read 1.36 times as fast): blocks end together, the token as late as before. Products by
+//            fused multiply-adds and a ring for each warp: 1 us for each 4 KB of a warp, as long as memory takes. A ring
+//            off a line of 128 bytes: 10 % slower. All slots on their way at once: a load in attention's or a norm's way
+//            takes 6 us. Phases one after the other in code, instead of loops over them: 15 % slower, instructions miss
+//            their cache. Spilled registers: they leave L1 at each barrier of the grid, and cost 0.5 us a phase
 
-#include "bulk.cuh"
+#include "ring.cuh"
 #include "scores.cuh"
+#include "vector.cuh"
 
-// Few warps with many registers: they hold a segment of the vector beside the loads in flight.
 constexpr int DECODE_WARPS = 8;
+// Threads that compute; a warp beside them loads.
 constexpr int DECODE_THREADS = DECODE_WARPS * WARP;
-// 16-byte loads of a lane in an item.
-constexpr int ITEM_LOADS = 8;
-constexpr int DOWN_LANES = 16;
-constexpr int DOWN_IN_FLIGHT = 20;
-constexpr int DOWN_ROUND = 2 * DOWN_IN_FLIGHT;
-constexpr int DOWN_QUEUE = DOWN_ROUND + WARP;
-constexpr int H_IN_FLIGHT = 12;
+constexpr int DECODE_BLOCK = DECODE_THREADS + WARP;
 constexpr int KV_IN_FLIGHT = 8;
 constexpr int KV_DIMS = 8;
 // Four columns for each thread at a time: vectors of at most 8192.
 constexpr int VEC_LOADS = 8;
+// Rows of sign words in a slot of the ring.
+constexpr int UNIT_ROWS = 16;
 // Rows of sign words that a warp counts side by side.
-constexpr int SIGN_ROWS = 8;
+constexpr int SIGN_ROWS = 4;
+// In the list of kept rows, where none is yet.
+constexpr int NOT_KEPT = -1;
+// Rows of the down projection at a time.
+constexpr int DOWN_ROWS = 4;
+// Parts of the down projection that a thread has in flight: those of 136 blocks in one round.
+constexpr int ADD_PARTS = 17;
 constexpr int MERGE_COLS = 4;
 constexpr int MERGE_SPLITS = 4;
 constexpr int SPLIT_POSITIONS = 128;
 constexpr int LAYERS_MAX = 128;
-constexpr int SLOTS_MAX = 16;
-// Of the ring's slots: copies into shared memory write lines of this many bytes, and cost half as much again across two.
-constexpr int RING_ALIGN = 128;
-
-// How rows are dealt to the warps of a block.
-struct ItemCut {
-    int32_t n_cols;
-    int32_t n_segs;    // segments of a row: 1 << seg_bits, at most DECODE_WARPS
-    int32_t seg_bits;
-    int32_t granules;  // 16-byte pieces in a segment, at most ITEM_LOADS * WARP; the last may have fewer
-};
 
 struct DecodeLayer {
     const void* w_q;
@@ -95,15 +92,14 @@ struct DecodeArgs {
     float* q;
     float* part_sums;
     float* part_maxima;
-    float* h;
     float* down_parts;
     float* logits;
     uint32_t* best;
     uint32_t* sync;
     unsigned long long* counts;  // (n_layers, 2): rows kept, rows active
     unsigned long long* clocks;  // (gridDim.x, STEPS) clocks of each block by step, added to; null for none
-    ItemCut cut_d;
-    ItemCut cut_q;
+    int32_t d;
+    int32_t q_cols;  // n_heads * head_dim
     int32_t n_layers;
     int32_t n_heads;
     int32_t n_kv_heads;
@@ -114,43 +110,28 @@ struct DecodeArgs {
     int32_t vocab_size;
     int32_t n_positions_max;
     int32_t n_ids;
-    int32_t n_chunks;     // row chunks of the down projection
-    int32_t slot_bytes;   // of the ring, for one item
-    int32_t n_slots;      // of each warp's ring
-    int32_t vec_floats;   // of the second vector
-    int32_t tile_floats;  // room for partial sums
-    int32_t list_rows;    // room in the lists of rows
+    int32_t slot_bytes;    // of the ring, for one row
+    int32_t n_slots;
+    int32_t in_flight;       // rows on their way at once
+    int32_t in_flight_idle;  // the same while their phase has not begun
+    int32_t product_rows;  // rows of a product: what half of the ring holds, at most PRODUCT_ROWS
+    int32_t vec_floats;    // room for the vector, and for what attention passes between warps
+    int32_t tile_rows;     // rows whose partial sums there is room for, an even number
+    int32_t own_cols;      // room for the columns of the block
+    int32_t list_rows;     // room in the lists of rows
+    int32_t ringed_signs;  // sign words come through the ring; 0 where rows do not divide into 16 bytes
     int32_t greedy;
     uint32_t activation;
     float threshold;
     float eps;
     float scale;           // log2(e) / sqrt(head_dim)
     float heads_per_pair;  // 2 / head_dim
-    int32_t sign_rows;     // rows of sign words in an item; 0 where rows do not divide into 16 bytes
     DecodeLayer layers[LAYERS_MAX];
 };
 
-// Waits until fewer than n of the latest groups are in flight, or fewer still, for n up to the slots that the host chooses.
-__device__ __forceinline__ void wait_copies_below(int n) {
-    if (n >= 9) {
-        wait_copies<8>();
-    } else if (n == 8) {
-        wait_copies<7>();
-    } else if (n >= 5) {
-        wait_copies<4>();
-    } else if (n == 4) {
-        wait_copies<3>();
-    } else if (n == 3) {
-        wait_copies<2>();
-    } else if (n == 2) {
-        wait_copies<1>();
-    } else {
-        wait_copies<0>();
-    }
-}
-
-// The phases whose weights go through the ring, in their order within a layer; HEAD comes after the last layer.
-enum Phase { QKV, OUT, MLP, HEAD, END };
+// What the ring brings, in order; active rows of up come after the MLP's first rows where the gate chooses them. Dealt to
+// the blocks are pairs of rows of q, k and v, rows of the output, neurons, and rows of lm_head.
+enum Phase { QKV, OUT, MLP, HEAD, SHARES, UP_ROWS };
 
 // What a token's clocks are spent on. A wait is for the other blocks.
 enum Step {
@@ -167,17 +148,26 @@ enum Step {
     ROWS_MLP,
     GATE,
     UP,
-    WAIT_H,
     DOWN,
     WAIT_DOWN,
+    ADD_DOWN,
+    WAIT_X,
     NORM_HEAD,
     ROWS_HEAD,
     FINISH,
     STEPS
 };
 
+// A barrier of the warps that compute.
+struct Computing {
+    static constexpr int N_THREADS = DECODE_THREADS;
+    __device__ __forceinline__ static int n_threads() { return N_THREADS; }
+    __device__ __forceinline__ static void sync() { asm volatile("bar.sync 1, %0;" ::"n"(N_THREADS) : "memory"); }
+};
+
+// What the loading warp and the computing ones both know: the layout of shared memory and the rows of the block.
 template <typename T>
-struct Decoder {
+struct Layout {
     const DecodeArgs& a;
 
     // Shared memory, one array after the other; every length is a multiple of four.
@@ -185,51 +175,247 @@ struct Decoder {
         extern __shared__ float4 shared[];
         return reinterpret_cast<float*>(shared);
     }
-    // x before the attention block of the layer, whole.
-    __device__ __forceinline__ float* residual() const { return memory(); }
-    // The other vector, and room for sums of warps.
-    __device__ __forceinline__ float* vec() const { return memory() + a.cut_d.n_cols; }
-    __device__ __forceinline__ float* tile() const { return vec() + a.vec_floats; }
-    __device__ __forceinline__ float* h_rows() const { return tile() + a.tile_floats; }
+    __device__ __forceinline__ float* tile() const { return memory() + a.vec_floats; }
+    // x of the block's columns.
+    __device__ __forceinline__ float* own_x() const { return tile() + a.tile_rows * DECODE_WARPS; }
+    __device__ __forceinline__ float* h_rows() const { return own_x() + a.own_cols; }
     __device__ __forceinline__ int* kept() const { return reinterpret_cast<int*>(h_rows() + a.list_rows); }
     __device__ __forceinline__ int* active() const { return kept() + a.list_rows; }
     __device__ __forceinline__ uint32_t* x_signs() const {
         return reinterpret_cast<uint32_t*>(active() + a.list_rows);
     }
-    // The planes of vec in 8 bits, where rows are predicted by their score.
+    // The planes of the vector in 8 bits, where rows are predicted by their score.
     __device__ __forceinline__ uint32_t* x_planes() const { return x_signs(); }
-    __device__ __forceinline__ uint4* ring() const {
+    __device__ __forceinline__ RingRoom ring_room() const {
         const uintptr_t end = reinterpret_cast<uintptr_t>(x_planes() + x_planes_words(n_words()));
-        const uintptr_t rings = (end + RING_ALIGN - 1) & -static_cast<uintptr_t>(RING_ALIGN);
-        return reinterpret_cast<uint4*>(rings) + warp_id() * a.n_slots * (a.slot_bytes / 16);
+        const uintptr_t slots = (end + RING_ALIGN - 1) & -static_cast<uintptr_t>(RING_ALIGN);
+        return {reinterpret_cast<char*>(slots), a.slot_bytes, a.n_slots};
     }
+    __device__ __forceinline__ int n_words() const { return (a.d + WARP - 1) / WARP; }
+
+    // Lengths of the lists of rows, and what the loading warp is told by barriers of one arrival each.
+    struct Lists {
+        int n_kept;
+        int n_active;
+        uint64_t has_kept;    // kept rows are all listed, once a layer that predicts
+        uint64_t has_active;  // so are active rows, once a layer that lists them
+        uint64_t has_phase;   // the rows of the next phase are waited for
+        uint64_t may_load;    // the grid has passed the phase before the output's, or before the predictor's
+    };
+    __device__ __forceinline__ static Lists& lists() {
+        __shared__ Lists all;
+        return all;
+    }
+
+    struct Share {
+        int begin;
+        int count;
+    };
+    __device__ __forceinline__ static Share* shares() {
+        __shared__ Share all[SHARES];
+        return all;
+    }
+    __device__ __forceinline__ static Share share(int phase) { return shares()[phase]; }
+
+    __device__ __forceinline__ void make_shares() const {
+        if (threadIdx.x < SHARES) {
+            const int n_units = threadIdx.x == QKV   ? (a.n_heads + 2 * a.n_kv_heads) * (a.head_dim / 2)
+                                : threadIdx.x == OUT ? a.d
+                                : threadIdx.x == MLP ? a.n_rows
+                                                     : a.vocab_size;
+            const int begin = share_begin(n_units, blockIdx.x, gridDim.x);
+            const int end = share_begin(n_units, blockIdx.x + 1, gridDim.x);
+            shares()[threadIdx.x] = {begin, end - begin};
+        }
+    }
+
+    // Head of a pair of rows, counted through q, k and v: exact for the few million pairs that there can be.
+    __device__ __forceinline__ int head_of(int pair) const {
+        return __float2int_rd((static_cast<float>(pair) + 0.5f) * a.heads_per_pair);
+    }
+
+    __device__ __forceinline__ const T* qkv_row(const DecodeLayer& w, int i) const {
+        const int half = a.head_dim / 2;
+        const int pair = share(QKV).begin + i / 2;
+        int head = head_of(pair);
+        const int dim = pair - head * half + (i & 1) * half;
+        const void* matrix = w.w_q;
+        if (head >= a.n_heads + a.n_kv_heads) {
+            head -= a.n_heads + a.n_kv_heads;
+            matrix = w.w_v;
+        } else if (head >= a.n_heads) {
+            head -= a.n_heads;
+            matrix = w.w_k;
+        }
+        return static_cast<const T*>(matrix) + static_cast<int64_t>(head * a.head_dim + dim) * a.d;
+    }
+
+    __device__ __forceinline__ BitRows bit_rows(const DecodeLayer& w) const {
+        return {w.signs, w.low, max(1, static_cast<int>(w.n_planes)), a.n_rows, n_words()};
+    }
+};
+
+// What the ring brings, in order: pairs of rows of q, k and v; rows of the output; planes of sign words where the layer
+// predicts; rows of the gate, all or kept, or of gate and up in turn; active rows of up; rows of w_down_t; after the last
+// layer, rows of lm_head.
+enum Load { LOAD_QKV, LOAD_OUT, LOAD_PLANES, LOAD_GATE, LOAD_UP, LOAD_DOWN, LOAD_HEAD };
+
+// The warp that loads: every row of the block, in the order in which the other warps use them.
+template <typename T>
+struct Loader {
+    const Layout<T>& m;
+    RingWriter ring;
+    uint32_t kept_parity = 0;
+    uint32_t active_parity = 0;
+    uint32_t phase_parity = 0;
+    uint32_t load_parity = 0;
+
+    // Planes of UNIT_ROWS rows after each other.
+    __device__ __forceinline__ RingRow plane(const BitRows& bits, int i) const {
+        const auto share = m.share(MLP);
+        const int unit = i / bits.n_planes;
+        const int first = unit * UNIT_ROWS;
+        const int n_rows = min(UNIT_ROWS, share.count - first);
+        return {bits.row(i - unit * bits.n_planes, share.begin + first), n_rows * bits.n_words * 4};
+    }
+
+    __device__ __forceinline__ RingRow row_of(const void* matrix, int row, int n_cols) const {
+        return {static_cast<const T*>(matrix) + static_cast<int64_t>(row) * n_cols, n_cols * static_cast<int>(sizeof(T))};
+    }
+
+    // Kept rows of the gate, as soon as each is in the list.
+    __device__ __forceinline__ void bring_kept(const DecodeLayer& w) {
+        const int begin = m.share(MLP).begin;
+        int first = 0;
+#pragma unroll 1
+        while (true) {
+            const bool is_whole = is_over(&m.lists().has_kept, kept_parity);
+            // An atomic operation that changes nothing: a load that knows of the others' stores.
+            const int i = first + lane_id();
+            const int row = i < m.share(MLP).count ? atomicMax(m.kept() + i, NOT_KEPT) : NOT_KEPT;
+            const uint32_t missing = ~__ballot_sync(0xffffffffu, row != NOT_KEPT);
+            const int n = min(missing == 0 ? WARP : __ffs(missing) - 1, ring.n_at_once());
+            if (n > 0) {
+                ring.push_some(n, [] { return true; }, [&](int) { return row_of(w.w_gate, begin + row, m.a.d); });
+                first += n;
+            } else if (is_whole) {
+                break;
+            } else {
+                __nanosleep(20);
+            }
+        }
+        kept_parity ^= 1;
+    }
+
+    __device__ __forceinline__ void bring(const DecodeLayer& w, int load) {
+        const DecodeArgs& a = m.a;
+        const int phase = load == LOAD_QKV ? QKV : load == LOAD_OUT ? OUT : load == LOAD_HEAD ? HEAD : MLP;
+        const auto share = m.share(phase);
+        const int n_cols = load == LOAD_OUT ? a.q_cols : a.d;
+        const bool pairs = load == LOAD_GATE && w.rows == ALL;
+        const bool listed = (load == LOAD_UP || load == LOAD_DOWN) && w.rows != ALL;
+        const void* matrix = load == LOAD_OUT    ? w.w_o
+                             : load == LOAD_HEAD ? a.lm_head
+                             : load == LOAD_GATE ? w.w_gate
+                             : load == LOAD_UP   ? w.w_up
+                                                 : w.w_down_t;
+        int n = share.count;
+        if (load == LOAD_QKV || pairs) {
+            n *= 2;
+        } else if (load == LOAD_PLANES) {
+            n = (n + UNIT_ROWS - 1) / UNIT_ROWS * m.bit_rows(w).n_planes;
+        } else if (listed) {
+            if (load == LOAD_UP) {
+                wait_at(&m.lists().has_active, active_parity);
+                active_parity ^= 1;
+            }
+            n = m.lists().n_active;
+        }
+        const auto wanted = [&] { return is_over(&m.lists().has_phase, phase_parity); };
+        ring.push(n, wanted, [&](int i) {
+            if (load == LOAD_PLANES) {
+                return plane(m.bit_rows(w), i);
+            }
+            if (load == LOAD_QKV) {
+                return RingRow{m.qkv_row(w, i), n_cols * static_cast<int>(sizeof(T))};
+            }
+            const int row = listed ? m.active()[i] : pairs ? i / 2 : i;
+            return row_of(pairs && i % 2 != 0 ? w.w_up : matrix, share.begin + row, n_cols);
+        });
+    }
+
+    __device__ __forceinline__ void token() {
+        const DecodeArgs& a = m.a;
+        int layer = 0;
+        int load = LOAD_QKV;
+        // One loop, so that code is there once.
+#pragma unroll 1
+        while (true) {
+            const DecodeLayer& w = a.layers[min(layer, a.n_layers - 1)];
+            if (load == LOAD_OUT || (load == LOAD_PLANES && w.rows == PREDICTED)) {
+                // Before, blocks that are late would wait behind these rows, and the memory has nothing to do after.
+                wait_at(&m.lists().may_load, load_parity);
+                load_parity ^= 1;
+            }
+            const bool skips = load == LOAD_PLANES ? w.rows != PREDICTED || !a.ringed_signs
+                                                   : load == LOAD_UP && w.rows == ALL;
+            if (load == LOAD_GATE && w.rows == PREDICTED) {
+                bring_kept(w);
+            } else if (!skips) {
+                bring(w, load);
+            }
+            if (load == LOAD_QKV || load == LOAD_OUT || load == LOAD_DOWN) {
+                phase_parity ^= 1;
+            }
+            if (load == LOAD_HEAD) {
+                break;
+            }
+            load++;
+            if (load == LOAD_HEAD && ++layer < a.n_layers) {
+                load = LOAD_QKV;
+            }
+        }
+    }
+};
+
+template <typename T>
+struct Decoder : Layout<T> {
+    using Layout<T>::a;
+    using Layout<T>::memory;
+    using Layout<T>::tile;
+    using Layout<T>::own_x;
+    using Layout<T>::h_rows;
+    using Layout<T>::kept;
+    using Layout<T>::active;
+    using Layout<T>::x_signs;
+    using Layout<T>::x_planes;
+    using Layout<T>::n_words;
+    using Layout<T>::lists;
+    using Layout<T>::share;
+    using Layout<T>::head_of;
+    using Layout<T>::bit_rows;
+
+    RingReader ring;
+    uint32_t barriers = 0;
+    uint32_t arrivals_before = 0;
+    long long marked = 0;  // the clock at the last mark
+    float unscale = 1.0f;  // of this warp's columns of the vector
+
+    __device__ __forceinline__ Decoder(const Layout<T>& layout) : Layout<T>(layout), ring{layout.ring_room()} {}
+
     __device__ __forceinline__ static float* scratch() {
         __shared__ float floats[WARP];
         return floats;
     }
-
-    // The ring: the slot whose item comes next, the slot that the next item asked for goes to, and the slots freed
-    // without an item asked for; a run of items, equally far apart, that are to be asked for.
-    int slot = 0;
-    int ask_slot = 0;
-    int n_owed = 0;
-    uint32_t parity = 0;  // of the arrivals at slot
-    const char* run_from = nullptr;  // this lane's first 16 bytes of the next item
-    int run_step = 0;                // bytes from item to item
-    int run_left = 0;
-    int run_granules = 0;  // 16-byte pieces of an item
-    // Where the run after that begins.
-    int next_layer = 0;
-    int next_phase = QKV;
-    int next_item = 0;
-    // Nothing past the chosen rows of this layer is asked for; the asking has come to them, or to the model's end.
-    int last_layer = 0;
-    bool at_last = false;
-    int n_sign_items = 0;
-
-    uint32_t barriers = 0;
-    uint32_t arrivals_before = 0;
-    long long marked = 0;  // the clock at the last mark
+    // unscale of each warp.
+    __device__ __forceinline__ static float* unscales() {
+        __shared__ float floats[DECODE_WARPS];
+        return floats;
+    }
+    __device__ __forceinline__ static void sync() { Computing::sync(); }
+    __device__ __forceinline__ Vector<T> vec(int n_cols) const {
+        return {reinterpret_cast<char*>(memory()), n_cols};
+    }
 
     __device__ __forceinline__ static unsigned long long* step_clocks() {
         __shared__ unsigned long long clocks[STEPS];
@@ -262,393 +448,68 @@ struct Decoder {
         }
     }
 
-    __device__ __forceinline__ Decoder(const DecodeArgs& args) : a(args) {}
-
-    // The block's run of a phase's units: pairs of rows of q, k and v, rows of the output, neurons, rows of lm_head.
-    struct Share {
-        int begin;
-        int count;
-    };
-    __device__ __forceinline__ static Share* shares() {
-        __shared__ Share all[END];
-        return all;
-    }
-    __device__ __forceinline__ static Share share(int phase) { return shares()[phase]; }
-
-    // Ends past a barrier of the block.
-    __device__ __forceinline__ void make_shares() {
-        if (threadIdx.x < END) {
-            const int n_units = threadIdx.x == QKV   ? (a.n_heads + 2 * a.n_kv_heads) * (a.head_dim / 2)
-                                : threadIdx.x == OUT ? a.cut_d.n_cols
-                                : threadIdx.x == MLP ? a.n_rows
-                                                     : a.vocab_size;
-            const int begin = share_begin(n_units, blockIdx.x, gridDim.x);
-            const int end = share_begin(n_units, blockIdx.x + 1, gridDim.x);
-            shares()[threadIdx.x] = {begin, end - begin};
-        }
-        __syncthreads();
-    }
-
-    __device__ __forceinline__ int n_words() const { return (a.cut_d.n_cols + WARP - 1) / WARP; }
-    // Rows of sign words in an item; zero where rows do not divide into 16 bytes and are read directly.
-    __device__ __forceinline__ int sign_rows() const { return a.sign_rows; }
-    // Head of a pair of rows, counted through q, k and v: exact for the few million pairs that there can be.
-    __device__ __forceinline__ int head_of(int pair) const {
-        return __float2int_rd((static_cast<float>(pair) + 0.5f) * a.heads_per_pair);
-    }
-
-    __device__ __forceinline__ const T* qkv_row(const DecodeLayer& w, int i) const {
-        const int half = a.head_dim / 2;
-        const int pair = share(QKV).begin + i / 2;
-        int head = head_of(pair);
-        const int dim = pair - head * half + (i & 1) * half;
-        const void* matrix = w.w_q;
-        if (head >= a.n_heads + a.n_kv_heads) {
-            head -= a.n_heads + a.n_kv_heads;
-            matrix = w.w_v;
-        } else if (head >= a.n_heads) {
-            head -= a.n_heads;
-            matrix = w.w_k;
-        }
-        return static_cast<const T*>(matrix) + static_cast<int64_t>(head * a.head_dim + dim) * a.cut_d.n_cols;
-    }
-
-    __device__ __forceinline__ const T* mlp_row(const DecodeLayer& w, int i) const {
-        const int first = share(MLP).begin;
-        const bool all = w.rows == ALL;
-        const void* matrix = all && (i & 1) ? w.w_up : w.w_gate;
-        return static_cast<const T*>(matrix) + static_cast<int64_t>(first + (all ? i / 2 : i)) * a.cut_d.n_cols;
-    }
-
-    // Rows, or items of sign words, that the block has in a phase.
-    __device__ __forceinline__ int n_items(int layer, int phase) const {
-        switch (phase) {
-            case QKV: return 2 * share(QKV).count;
-            case MLP: {
-                const uint32_t rows = a.layers[layer].rows;
-                return rows == PREDICTED ? n_sign_items : (rows == ALL ? 2 : 1) * share(MLP).count;
-            }
-            default: return share(phase).count;
-        }
-    }
-
-    // Finds the next run of this warp's items, in the order of the model; past the end there is none.
-    __device__ __forceinline__ void find_run() {
-        while (next_phase != END) {
-            const bool signs = next_phase == MLP && a.layers[next_layer].rows == PREDICTED;
-            const ItemCut& cut = next_phase == OUT ? a.cut_q : a.cut_d;
-            const int seg_bits = signs ? 0 : cut.seg_bits;
-            const int n_groups = DECODE_WARPS >> seg_bits;
-            // Planes of the same rows come one after the other.
-            const int n_planes = signs ? max(1, a.layers[next_layer].n_planes) : 1;
-            const int round = n_planes == 1 ? next_item : next_item / n_planes;
-            const int plane = next_item - round * n_planes;
-            const int i = (warp_id() >> seg_bits) + round * n_groups;
-            const int n = n_items(next_layer, next_phase);
-            if (i < n) {
-                const DecodeLayer& w = a.layers[next_layer];
-                const char* from;
-                run_left = (n - i + n_groups - 1) / n_groups;
-                if (signs) {
-                    const int row_bytes = n_words() * 4;
-                    const int n_rows = min(sign_rows(), share(MLP).count - i * sign_rows());
-                    from = reinterpret_cast<const char*>(plane == 0 ? w.signs : w.low) +
-                           static_cast<int64_t>(share(MLP).begin + i * sign_rows()) * row_bytes;
-                    run_granules = n_rows * row_bytes / 16;
-                    if (n_planes == 1) {
-                        run_step = n_groups * sign_rows() * row_bytes;
-                        // The last item may be short.
-                        run_left = run_left > 1 ? run_left - 1 : 1;
-                    } else {
-                        // The signs, or all planes below them.
-                        run_step = a.n_rows * row_bytes;
-                        run_left = plane == 0 ? 1 : n_planes - 1;
+    // tile[(i - first) * DECODE_WARPS + warp] = the product of row i with the warp's columns of the vector, for the rows
+    // first..end of a phase, as the ring brings them.
+    __device__ __forceinline__ void ring_rows(int n_cols, int first, int end) {
+        const Vector<T> x = vec(n_cols);
+        float* sums = tile() + warp_id();
+#pragma unroll 1
+        for (; first < end; first += a.product_rows, sums += a.product_rows * DECODE_WARPS) {
+            const int n = min(a.product_rows, end - first);
+            // A lane waits for every row that it reads itself.
+            if constexpr (sizeof(T) == 4) {
+#pragma unroll 1
+                for (int i = 0; i < n; i++) {
+                    const float sum = warp_sum(x.template lane_product<DECODE_WARPS>(ring.arrived(i), warp_id()));
+                    if (lane_id() == 0) {
+                        sums[i * DECODE_WARPS] = sum;
                     }
-                } else {
-                    const int row_bytes = cut.n_cols * sizeof(T);
-                    const T* row;
-                    // Rows of two kinds in turn: a group of even stride keeps to one kind.
-                    const bool pairs = next_phase == QKV || (next_phase == MLP && w.rows == ALL);
-                    run_step = (pairs ? n_groups / 2 : n_groups) * row_bytes;
-                    if (next_phase == QKV) {
-                        row = qkv_row(w, i);
-                        const int half = a.head_dim / 2;
-                        const int pair = share(QKV).begin + i / 2;
-                        const int to_end = (head_of(pair) + 1) * half - pair;
-                        run_left = min(run_left, (to_end + n_groups / 2 - 1) / max(1, n_groups / 2));
-                    } else if (next_phase == OUT) {
-                        row = static_cast<const T*>(w.w_o) + static_cast<int64_t>(share(OUT).begin + i) * cut.n_cols;
-                    } else if (next_phase == MLP) {
-                        row = mlp_row(w, i);
-                    } else {
-                        row = static_cast<const T*>(a.lm_head) +
-                              static_cast<int64_t>(share(HEAD).begin + i) * cut.n_cols;
-                    }
-                    if (pairs && n_groups == 1) {
-                        run_left = 1;
-                    }
-                    run_granules = segment_granules(cut);
-                    from = reinterpret_cast<const char*>(row) + (warp_id() & (cut.n_segs - 1)) * cut.granules * 16;
                 }
-                run_from = from + lane_id() * 16;
-                next_item += run_left;
-                return;
-            }
-            if (next_phase == MLP && next_layer >= last_layer && a.layers[next_layer].rows != ALL) {
-                return;
-            }
-            next_item = 0;
-            if (next_phase == MLP && next_layer + 1 < a.n_layers) {
-                next_layer++;
-                next_phase = QKV;
             } else {
-                next_phase++;
-            }
-        }
-    }
-
-    __device__ __forceinline__ static uint64_t* arrivals() {
-        __shared__ uint64_t all[DECODE_WARPS * SLOTS_MAX];
-        return all + warp_id() * SLOTS_MAX;
-    }
-
-    __device__ __forceinline__ void init_ring() const {
-#if __CUDA_ARCH__ >= 900
-        if (lane_id() == 0) {
-            for (int i = 0; i < a.n_slots; i++) {
-                init_barrier(arrivals() + i, 1);
-            }
-            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-        }
-        __syncwarp();
-#endif
-    }
-
-    // Asks for an item of n granules, of which this lane's first is at from. A slot has to be free. On sm_90 and later an
-    // item is one bulk copy that one lane asks for, and a barrier of each slot tells of its arrival; before, it is a group
-    // of copies of 16 bytes, and groups are counted.
-    __device__ __forceinline__ void ask_item(const char* from, int n_granules) {
-        uint4* to = ring() + ask_slot * (a.slot_bytes / 16);
-#if __CUDA_ARCH__ >= 900
-        if (lane_id() == 0) {
-            uint64_t* arrival = arrivals() + ask_slot;
-            expect_bytes(arrival, n_granules * 16);
-            if (n_granules > 0) {
-                copy_bulk(to, from, n_granules * 16, arrival);
-            }
-        }
-#else
-#pragma unroll
-        for (int k = 0; k < ITEM_LOADS; k++) {
-            if (lane_id() + k * WARP < n_granules) {
-                copy_async(to + lane_id() + k * WARP, from + k * WARP * 16, true);
-            }
-        }
-        commit_copies();
-#endif
-        n_owed--;
-        ask_slot = ask_slot + 1 == a.n_slots ? 0 : ask_slot + 1;
-    }
-
-    // Asks for this warp's next items, as many as slots are free, as far as they are to be asked for yet.
-    __device__ __forceinline__ void ask_owed() {
-#pragma unroll 1
-        while (n_owed > 0 && !at_last) {
-            if (run_left == 0) {
-                find_run();
-                at_last = run_left == 0;
-                continue;
-            }
-            ask_item(run_from, run_granules);
-            run_from += run_step;
-            run_left--;
-        }
-    }
-
-    // Asks for what is owed, up to the chosen rows of the layer.
-    __device__ __forceinline__ void pay(int layer) {
-        last_layer = layer;
-        at_last = false;
-        ask_owed();
-    }
-
-    // The next item of this warp, arrived. free_slot() frees it.
-    __device__ __forceinline__ const uint4* arrived() const {
-#if __CUDA_ARCH__ >= 900
-        wait_at(arrivals() + slot, parity);
-#else
-        wait_copies_below(a.n_slots - n_owed);
-        __syncwarp();
-#endif
-        return ring() + slot * (a.slot_bytes / 16);
-    }
-
-    __device__ __forceinline__ void free_slot() {
-        __syncwarp();
-        slot++;
-        if (slot == a.n_slots) {
-            slot = 0;
-            parity ^= 1;
-        }
-        n_owed++;
-    }
-
-    // 16-byte pieces of this warp's segment.
-    __device__ __forceinline__ int segment_granules(const ItemCut& cut) const {
-        const int seg = (warp_id() & (cut.n_segs - 1));
-        return max(0, min(cut.granules, cut.n_cols / PER_LOAD<T> - seg * cut.granules));
-    }
-
-    // This lane's part of this warp's segment of the vector.
-    struct Segment {
-        float x[ITEM_LOADS][PER_LOAD<T>];
-        int n_granules;
-
-        __device__ __forceinline__ void add(int k, uint4 raw, float (&sums)[4]) const {
-            float w[PER_LOAD<T>];
-            unpack<T>(raw, w);
-#pragma unroll
-            for (int j = 0; j < PER_LOAD<T>; j++) {
-                sums[j % 4] = fmaf(w[j], x[k][j], sums[j % 4]);
-            }
-        }
-    };
-
-    // This warp's segment of vec.
-    __device__ __forceinline__ Segment segment_of(const ItemCut& cut) const {
-        Segment s;
-        s.n_granules = segment_granules(cut);
-        const float* from = vec() + (warp_id() & (cut.n_segs - 1)) * cut.granules * PER_LOAD<T>;
-#pragma unroll
-        for (int k = 0; k < ITEM_LOADS; k++) {
-            const int granule = lane_id() + k * WARP;
-#pragma unroll
-            for (int j = 0; j < PER_LOAD<T>; j += 4) {
-                float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                if (granule < s.n_granules) {
-                    v = *reinterpret_cast<const float4*>(from + granule * PER_LOAD<T> + j);
+                const char* row = ring.arrived(min(lane_id() / 4, n - 1));
+                const float sum = x.template product<DECODE_WARPS>(row, warp_id());
+                const int i = lane_id() % 4 * 2 + lane_id() / 16;
+                if (lane_id() % 16 < 4 && i < n) {
+                    sums[i * DECODE_WARPS] = sum * unscale;
                 }
-                s.x[k][j] = v.x;
-                s.x[k][j + 1] = v.y;
-                s.x[k][j + 2] = v.z;
-                s.x[k][j + 3] = v.w;
             }
-        }
-        return s;
-    }
-
-    // This lane's part of an item of N loads. All of it is on its way from shared memory before the first product.
-    template <int N>
-    __device__ __forceinline__ static float multiply(const Segment& s, const uint4* item) {
-        uint4 raw[N];
-#pragma unroll
-        for (int k = 0; k < N; k++) {
-            const int granule = lane_id() + k * WARP;
-            raw[k] = granule < s.n_granules ? item[granule] : make_uint4(0, 0, 0, 0);
-        }
-        float sums[4] = {};
-#pragma unroll
-        for (int k = 0; k < N; k++) {
-            s.add(k, raw[k], sums);
-        }
-        return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    }
-
-    // This lane's part of the item that arrives next, which frees its slot.
-    __device__ __forceinline__ float multiply_next(const Segment& s, int n_loads) {
-        const uint4* item = arrived();
-        float sum;
-        if (n_loads > 6) {
-            sum = multiply<8>(s, item);
-        } else if (n_loads > 4) {
-            sum = multiply<6>(s, item);
-        } else if (n_loads > 2) {
-            sum = multiply<4>(s, item);
-        } else {
-            sum = multiply<2>(s, item);
-        }
-        free_slot();
-        return sum;
-    }
-
-    // tile[(i - first) * n_segs + seg] = segment seg of row i, for the rows first..end of a phase, as the ring brings them.
-    __device__ __forceinline__ void ring_rows(const ItemCut& cut, const Segment& s, int first, int end) {
-        const int seg = (warp_id() & (cut.n_segs - 1));
-        const int n_groups = (DECODE_WARPS >> cut.seg_bits);
-        const int n_loads = (cut.granules + WARP - 1) / WARP;
-#pragma unroll 1
-        for (int i = first + (warp_id() >> cut.seg_bits); i < end; i += n_groups) {
-            float sum = multiply_next(s, n_loads);
-            ask_owed();
-            sum = warp_sum(sum);
-            if (lane_id() == 0) {
-                tile()[(i - first) * cut.n_segs + seg] = sum;
-            }
+            ring.pass(n);
         }
     }
 
-    // The same for rows first..end of a list. The ring is empty before and after: as many rows as it holds are on their way
-    // at once.
-    __device__ __forceinline__ void listed_rows(
-        const ItemCut& cut, const Segment& s, int first, int end, const T* matrix, const int* list
-    ) {
-        const int seg = (warp_id() & (cut.n_segs - 1));
-        const int n_groups = (DECODE_WARPS >> cut.seg_bits);
-        const int n_loads = (cut.granules + WARP - 1) / WARP;
-        const T* segments = matrix + (seg * cut.granules + lane_id()) * PER_LOAD<T>;
-        int asked = first + (warp_id() >> cut.seg_bits);
-#pragma unroll 1
-        for (int i = asked; i < end; i += n_groups) {
-#pragma unroll 1
-            for (; n_owed > 0 && asked < end; asked += n_groups) {
-                const T* row = segments + static_cast<int64_t>(list[asked]) * cut.n_cols;
-                ask_item(reinterpret_cast<const char*>(row), s.n_granules);
-            }
-            const float sum = warp_sum(multiply_next(s, n_loads));
-            if (lane_id() == 0) {
-                tile()[(i - first) * cut.n_segs + seg] = sum;
-            }
-        }
-    }
-
-    __device__ __forceinline__ float tile_row(const ItemCut& cut, int i) const {
-        float total = 0.0f;
-#pragma unroll 1
-        for (int seg = 0; seg < cut.n_segs; seg++) {
-            total += tile()[i * cut.n_segs + seg];
-        }
-        return total;
-    }
-
-    // Rows of a tile: whole rounds of all groups, an even number of rows.
-    __device__ __forceinline__ int tile_rows(const ItemCut& cut) const {
-        // A power of two for powers of two.
-        return (a.tile_floats >> cut.seg_bits) & -(2 * DECODE_WARPS >> cut.seg_bits);
+    __device__ __forceinline__ float tile_row(int i) const {
+        const float4* sums = reinterpret_cast<const float4*>(tile() + i * DECODE_WARPS);
+        const float4 v = add(sums[0], sums[1]);
+        return (v.x + v.y) + (v.z + v.w);
     }
 
     // A barrier of the grid in two halves; what every block wrote before arrive() is seen by all after wait().
     __device__ __forceinline__ void arrive() {
-        __syncthreads();
+        sync();
         if (threadIdx.x == 0) {
             asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(a.sync) : "memory");
         }
         barriers++;
     }
 
-    __device__ __forceinline__ void wait() {
+    // With may_load, the loading warp is told.
+    __device__ __forceinline__ void wait(bool may_load = false) {
         if (threadIdx.x == 0) {
             const uint32_t wanted = arrivals_before + barriers * gridDim.x;
             uint32_t arrivals;
             do {
                 asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrivals) : "l"(a.sync) : "memory");
             } while (static_cast<int32_t>(arrivals - wanted) < 0);
+            if (may_load) {
+                arrive_at(&lists().may_load);
+            }
         }
-        __syncthreads();
+        sync();
     }
 
     // Asks L2 for a norm's weights, a line for each thread.
     __device__ __forceinline__ void ask_norm(const float* norm) const {
-        for (int col = threadIdx.x * 32; col < a.cut_d.n_cols; col += DECODE_THREADS * 32) {
+        for (int col = threadIdx.x * 32; col < a.d; col += DECODE_THREADS * 32) {
             asm volatile("prefetch.global.L2 [%0];" ::"l"(norm + col));
         }
     }
@@ -661,74 +522,98 @@ struct Decoder {
         return make_float4(v.x * f, v.y * f, v.z * f, v.w * f);
     }
 
-    // vec = rmsnorm(x) for x = the embedding of token, or x_out and the first n_parts parts of the down projection; x
-    // itself goes to the residual with keep, the signs of vec to x_signs. Ends past a barrier of the block.
-    __device__ __forceinline__ void normalise(const float* norm, bool embed, uint32_t token, int n_parts, bool keep) {
-        const int d = a.cut_d.n_cols;
-        float4 x[VEC_LOADS];
+    // A thread's columns of the vector, which are its warp's own to multiply: four from first_column() + k * LOAD_COLS on,
+    // for each k.
+    static constexpr int LOAD_COLS = DECODE_THREADS * 4;
+    __device__ __forceinline__ static int first_column() {
+        // Opaque: columns worked out once for the whole kernel would be spilled, and what is spilled has left L1 after each
+        // barrier of the grid.
+        uint32_t thread;
+        asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+        return static_cast<int>(thread) * 4;
+    }
+    // Some thread has columns there: a branch of all, around code that most widths do not need.
+    __device__ __forceinline__ static bool has_columns(int k, int n_cols) { return k * LOAD_COLS < n_cols; }
+
+    // The vector becomes v.
+    __device__ __forceinline__ void store_vec(int n_cols, const float4 (&v)[VEC_LOADS]) {
+        const Vector<T> x = vec(n_cols);
+        const int first = first_column();
+        float largest = 0.0f;
+        if constexpr (std::is_same_v<T, __half>) {
+#pragma unroll
+            for (int k = 0; k < VEC_LOADS; k++) {
+                largest = fmaxf(largest, fmaxf(fmaxf(fabsf(v[k].x), fabsf(v[k].y)), fmaxf(fabsf(v[k].z), fabsf(v[k].w))));
+            }
+            largest = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(largest)));
+        }
+        const float2 scale = x.scale_of(largest);
+        unscale = scale.y;
+        if (lane_id() == 0) {
+            unscales()[warp_id()] = unscale;
+        }
+#pragma unroll
+        for (int k = 0; k < VEC_LOADS; k++) {
+            const int col = first + k * LOAD_COLS;
+            if (has_columns(k, n_cols) && col < n_vector_chunks(n_cols) * CHUNK_COLS) {
+                x.store(col, scaled(v[k], scale.x));
+            }
+        }
+        __syncwarp();
+    }
+
+    // Columns col to col + 3 of the vector of d columns; zeros past its end.
+    __device__ __forceinline__ float4 vec_at(int col) const {
+        return col < a.d ? scaled(vec(a.d).at(col), unscales()[col / CHUNK_COLS % DECODE_WARPS])
+                         : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+
+    // v = rmsnorm(x) for x = the embedding of token, or x_out; with signs, its signs to x_signs.
+    __device__ __forceinline__ void normalise(
+        const float* norm, bool embed, uint32_t token, bool signs, float4 (&v)[VEC_LOADS]
+    ) {
+        const int first = first_column();
         float4 weight[VEC_LOADS];
         float square = 0.0f;
 #pragma unroll
         for (int k = 0; k < VEC_LOADS; k++) {
-            const int col = (threadIdx.x + k * DECODE_THREADS) * 4;
-            x[k] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            weight[k] = x[k];
-            if (col < d) {
+            const int col = first + k * LOAD_COLS;
+            v[k] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            weight[k] = v[k];
+            if (has_columns(k, a.d) && col < a.d) {
                 weight[k] = __ldg(reinterpret_cast<const float4*>(norm + col));
-                if (embed) {
-                    const T* row = static_cast<const T*>(a.embedding) + static_cast<int64_t>(token) * d + col;
-                    x[k] = make_float4(to_f32(row[0]), to_f32(row[1]), to_f32(row[2]), to_f32(row[3]));
-                } else {
-                    x[k] = __ldcg(reinterpret_cast<const float4*>(a.x_out + col));
-                }
-            }
-        }
-#pragma unroll 1
-        for (int part = 0; part < n_parts; part += 2) {
-            float4 parts[2][VEC_LOADS];
-#pragma unroll
-            for (int k = 0; k < 2 * VEC_LOADS; k++) {
-                const int col = (threadIdx.x + k / 2 * DECODE_THREADS) * 4;
-                parts[k % 2][k / 2] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                if (col < d && part + k % 2 < n_parts) {
-                    const float* from = a.down_parts + static_cast<int64_t>(part + k % 2) * d + col;
-                    parts[k % 2][k / 2] = __ldcg(reinterpret_cast<const float4*>(from));
-                }
-            }
-#pragma unroll
-            for (int k = 0; k < VEC_LOADS; k++) {
-                x[k] = add(add(x[k], parts[0][k]), parts[1][k]);
+                v[k] = embed ? embedded(token, col) : __ldcg(reinterpret_cast<const float4*>(a.x_out + col));
             }
         }
 #pragma unroll
         for (int k = 0; k < VEC_LOADS; k++) {
-            square += (x[k].x * x[k].x + x[k].y * x[k].y) + (x[k].z * x[k].z + x[k].w * x[k].w);
+            square += (v[k].x * v[k].x + v[k].y * v[k].y) + (v[k].z * v[k].z + v[k].w * v[k].w);
         }
-        const float scale = rsqrtf(block_sum(square, scratch()) / d + a.eps);
+        const float scale = rsqrtf(block_sum<Computing>(square, scratch()) / a.d + a.eps);
 #pragma unroll
         for (int k = 0; k < VEC_LOADS; k++) {
-            const int col = (threadIdx.x + k * DECODE_THREADS) * 4;
-            const float4 n = make_float4(
-                x[k].x * scale * weight[k].x, x[k].y * scale * weight[k].y, x[k].z * scale * weight[k].z,
-                x[k].w * scale * weight[k].w
+            v[k] = make_float4(
+                v[k].x * scale * weight[k].x, v[k].y * scale * weight[k].y, v[k].z * scale * weight[k].z,
+                v[k].w * scale * weight[k].w
             );
-            // Eight lanes hold the 32 columns of a word.
-            const uint32_t bits = (n.x < 0.0f) | (n.y < 0.0f) << 1 | (n.z < 0.0f) << 2 | (n.w < 0.0f) << 3;
-            uint32_t word = bits << lane_id() % 8 * 4;
-            word |= __shfl_xor_sync(0xffffffffu, word, 1);
-            word |= __shfl_xor_sync(0xffffffffu, word, 2);
-            word |= __shfl_xor_sync(0xffffffffu, word, 4);
-            if (col < d) {
-                *reinterpret_cast<float4*>(vec() + col) = n;
-                if (keep) {
-                    *reinterpret_cast<float4*>(residual() + col) = x[k];
-                }
-                if (lane_id() % 8 == 0) {
+            if (signs && has_columns(k, a.d)) {
+                // Eight lanes hold the 32 columns of a word.
+                const uint32_t bits =
+                    (v[k].x < 0.0f) | (v[k].y < 0.0f) << 1 | (v[k].z < 0.0f) << 2 | (v[k].w < 0.0f) << 3;
+                uint32_t word = bits << lane_id() % 8 * 4;
+                word |= __shfl_xor_sync(0xffffffffu, word, 1);
+                word |= __shfl_xor_sync(0xffffffffu, word, 2);
+                word |= __shfl_xor_sync(0xffffffffu, word, 4);
+                const int col = first + k * LOAD_COLS;
+                if (col < a.d && lane_id() % 8 == 0) {
                     x_signs()[col / WARP] = word;
                 }
             }
         }
-        __syncthreads();
+    }
+
+    __device__ __forceinline__ float4 embedded(uint32_t token, int col) const {
+        return four_of(static_cast<const T*>(a.embedding) + static_cast<int64_t>(token) * a.d + col);
     }
 
     // Rows first..end of the queries, keys and values, in the tile: rotated, to q and to the cache.
@@ -739,8 +624,8 @@ struct Decoder {
             const int pair = share(QKV).begin + first / 2 + i;
             int head = head_of(pair);
             const int dim = pair - head * half;
-            float one = tile_row(a.cut_d, 2 * i);
-            float two = tile_row(a.cut_d, 2 * i + 1);
+            float one = tile_row(2 * i);
+            float two = tile_row(2 * i + 1);
             if (head < a.n_heads + a.n_kv_heads) {
                 const float c = __ldg(a.cos + static_cast<int64_t>(position) * half + dim);
                 const float sn = __ldg(a.sin + static_cast<int64_t>(position) * half + dim);
@@ -817,8 +702,8 @@ struct Decoder {
         const int at_once = WARP / lanes;
         const int round = DECODE_WARPS * at_once * KV_IN_FLIGHT;
         const int dim = lane_id() % lanes * KV_DIMS;
-        float* warp_sums = vec();                                             // (warps, head_dim)
-        float* warp_maxima = vec() + DECODE_WARPS * a.head_lanes * KV_DIMS;   // (warps, 2)
+        float* warp_sums = memory();                                         // (warps, head_dim)
+        float* warp_maxima = memory() + DECODE_WARPS * a.head_lanes * KV_DIMS;   // (warps, 2)
         bool waited = false;
 #pragma unroll 1
         for (int task = blockIdx.x; task < a.n_kv_heads * splits || !waited; task += gridDim.x) {
@@ -828,7 +713,7 @@ struct Decoder {
             const int begin = works ? split * chunk : 0;
             const int end = works ? min(begin + chunk, n_positions) : 0;
             if (!works) {
-                wait();
+                wait(true);
                 mark(WAIT_QKV);
                 return;
             }
@@ -844,7 +729,7 @@ struct Decoder {
                     Positions p;
                     load_positions(w, kv_head, first, waited ? end : min(end, position), p);
                     if (!waited) {
-                        wait();
+                        wait(true);
                         mark(WAIT_QKV);
                         waited = true;
                         if (end > position && first + round > position) {
@@ -946,7 +831,7 @@ struct Decoder {
                     warp_maxima[2 * warp_id()] = larger;
                     warp_maxima[2 * warp_id() + 1] = total;
                 }
-                __syncthreads();
+                sync();
                 for (int d = threadIdx.x; d < a.head_dim; d += DECODE_THREADS) {
                     float most = -INFINITY;
 #pragma unroll
@@ -969,368 +854,341 @@ struct Decoder {
                         __stcg(a.part_maxima + 2 * at + 1, all);
                     }
                 }
-                __syncthreads();
+                sync();
             }
         }
     }
 
-    // vec = the chunks of attention, merged. Ends past a barrier of the block.
-    __device__ __forceinline__ void merge_attention(int position) {
+    // What each chunk of a head counts in the whole, for each head, in the tile.
+    __device__ __forceinline__ void weigh_splits(int splits) const {
+#pragma unroll 1
+        for (int head = threadIdx.x; head < a.n_heads; head += DECODE_THREADS) {
+            const float2* parts = reinterpret_cast<const float2*>(a.part_maxima) + head * a.n_splits_max;
+            float* weights = tile() + head * splits;
+            float most = -INFINITY;
+            float all = 0.0f;
+#pragma unroll 4
+            for (int s = 0; s < splits; s++) {
+                const float2 part = __ldcg(parts + s);
+                weights[s] = part.x;
+                const float larger = fmaxf(most, part.x);
+                all = fmaf(all, rescale(most, larger), part.y * rescale(part.x, larger));
+                most = larger;
+            }
+#pragma unroll 1
+            for (int s = 0; s < splits; s++) {
+                weights[s] = rescale(weights[s], most) / all;
+            }
+        }
+    }
+
+    // v = the chunks of attention, merged.
+    __device__ __forceinline__ void merge_attention(int position, float4 (&v)[VEC_LOADS]) const {
         const int splits = n_splits(position + 1);
-        const int n_cols = a.cut_q.n_cols;
-#pragma unroll 1
-        for (int base = threadIdx.x * 4; base < n_cols; base += MERGE_COLS * DECODE_THREADS * 4) {
-            float maximum[MERGE_COLS];
-            float all[MERGE_COLS] = {};
-            float4 sum[MERGE_COLS];
+        const int first = first_column();
 #pragma unroll
-            for (int c = 0; c < MERGE_COLS; c++) {
-                maximum[c] = -INFINITY;
-                sum[c] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            }
+        for (int k = 0; k < VEC_LOADS; k++) {
+            v[k] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        }
+#pragma unroll
+        for (int base = 0; base < VEC_LOADS; base += MERGE_COLS) {
 #pragma unroll 1
-            for (int from = 0; from < splits; from += MERGE_SPLITS) {
-                float2 part[MERGE_COLS][MERGE_SPLITS];
-                float4 value[MERGE_COLS][MERGE_SPLITS];
+            for (int from = 0; from < splits && has_columns(base, a.q_cols); from += MERGE_SPLITS) {
+                float4 values[MERGE_COLS][MERGE_SPLITS];
+                int heads[MERGE_COLS];
 #pragma unroll
                 for (int c = 0; c < MERGE_COLS; c++) {
-                    const int i = min(base + c * DECODE_THREADS * 4, n_cols - 4);
-                    const int head = __float2int_rd((static_cast<float>(i) + 0.5f) * 0.5f * a.heads_per_pair);
-                    const int d = i - head * a.head_dim;
+                    const int i = min(first + (base + c) * LOAD_COLS, a.q_cols - 4);
+                    heads[c] = __float2int_rd((static_cast<float>(i) + 0.5f) * 0.5f * a.heads_per_pair);
+                    const int at = (heads[c] * a.n_splits_max + from) * a.head_dim + i - heads[c] * a.head_dim;
 #pragma unroll
                     for (int s = 0; s < MERGE_SPLITS; s++) {
-                        const int at = head * a.n_splits_max + min(from + s, splits - 1);
-                        part[c][s] = __ldcg(reinterpret_cast<const float2*>(a.part_maxima) + at);
-                        value[c][s] = __ldcg(reinterpret_cast<const float4*>(a.part_sums + at * a.head_dim + d));
+                        values[c][s] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                        if (from + s < splits) {
+                            values[c][s] = __ldcg(reinterpret_cast<const float4*>(a.part_sums + at + s * a.head_dim));
+                        }
                     }
+                }
+                if (base == 0 && from == 0) {
+                    weigh_splits(splits);
+                    sync();
                 }
 #pragma unroll
                 for (int c = 0; c < MERGE_COLS; c++) {
-                    float larger = maximum[c];
+                    const float* weights = tile() + heads[c] * splits + from;
 #pragma unroll
                     for (int s = 0; s < MERGE_SPLITS; s++) {
-                        larger = fmaxf(larger, part[c][s].x);
+                        const float weight = from + s < splits ? weights[s] : 0.0f;
+                        if (first + (base + c) * LOAD_COLS < a.q_cols) {
+                            v[base + c] = add(v[base + c], scaled(values[c][s], weight));
+                        }
                     }
-                    const float factor = rescale(maximum[c], larger);
-                    maximum[c] = larger;
-                    all[c] *= factor;
-                    sum[c] = scaled(sum[c], factor);
-#pragma unroll
-                    for (int s = 0; s < MERGE_SPLITS; s++) {
-                        const float f = from + s < splits ? rescale(part[c][s].x, larger) : 0.0f;
-                        sum[c] = add(sum[c], scaled(value[c][s], f));
-                        all[c] = fmaf(f, part[c][s].y, all[c]);
-                    }
-                }
-            }
-#pragma unroll
-            for (int c = 0; c < MERGE_COLS; c++) {
-                const int i = base + c * DECODE_THREADS * 4;
-                if (i < n_cols) {
-                    *reinterpret_cast<float4*>(vec() + i) = scaled(sum[c], 1.0f / all[c]);
                 }
             }
         }
-        __syncthreads();
     }
 
     // kept += the rows of lanes that keep theirs.
-    __device__ __forceinline__ void keep_rows(bool keep, int row, int* n_kept) const {
+    __device__ __forceinline__ void keep_rows(bool keep, int row) const {
         const uint32_t found = __ballot_sync(0xffffffffu, keep);
         int at = 0;
         if (lane_id() == 0) {
-            at = atomicAdd(n_kept, __popc(found));
+            at = atomicAdd(&lists().n_kept, __popc(found));
         }
         at = __shfl_sync(0xffffffffu, at, 0);
         if (keep) {
-            kept()[at + __popc(found & ((1u << lane_id()) - 1))] = row;
+            // The loading warp looks on.
+            atomicExch(kept() + at + __popc(found & ((1u << lane_id()) - 1)), row);
         }
     }
 
-    // vec in 8 bits to x_planes; returns its scale. Ends past a barrier of the block.
+    // The vector in 8 bits to x_planes; returns its scale. Needs a barrier before, ends past one.
     __device__ __forceinline__ float quantise_vec() const {
-        const float scale = quantise(n_words(), x_planes(), reinterpret_cast<uint32_t*>(scratch()), [&](int col) {
-            return col < a.cut_d.n_cols ? *reinterpret_cast<const float4*>(vec() + col)
-                                        : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        });
-        __syncthreads();
+        const float scale = quantise<Computing>(
+            n_words(), x_planes(), reinterpret_cast<uint32_t*>(scratch()), [&](int col) { return vec_at(col); }
+        );
+        sync();
         return scale;
     }
 
     // kept = the block's rows whose score passes the threshold; x_scale is that of x_planes.
-    __device__ __forceinline__ void predict_scores(const DecodeLayer& w, int n, float x_scale, int* n_kept) {
-        const int begin = share(MLP).begin;
-        const bool ringed = a.sign_rows > 0;
-        const int per_item = ringed ? a.sign_rows : SCORE_ROWS;
-        const int words = n_words();
+    __device__ __forceinline__ void predict_scores(const DecodeLayer& w, float x_scale) {
+        const auto mine = share(MLP);
+        const BitRows bits = bit_rows(w);
 #pragma unroll 1
-        for (int item = warp_id(); item * per_item < n; item += DECODE_WARPS) {
-            const int first = item * per_item;
-            const int n_rows = min(per_item, n - first);
+        for (int first = 0; first < mine.count; first += UNIT_ROWS) {
+            const int n_rows = min(UNIT_ROWS, mine.count - first);
+            // Groups of rows go to the warps in turn.
+            const int begin = (warp_id() - first / SCORE_ROWS & DECODE_WARPS - 1) * SCORE_ROWS;
+            const bool counts_rows = begin < n_rows;
             // Four lanes share a row; the last row stands in for those that are not there.
-            const int i = min(lane_id() / 4, n_rows - 1);
-            int score;
-            if (ringed) {
+            const int i = min(begin + lane_id() / 4, n_rows - 1);
+            int score = 0;
+            if (a.ringed_signs) {
                 ScoreCounts counts;
 #pragma unroll 1
-                for (uint32_t plane = 0; plane < w.n_planes; plane++) {
-                    const uint4* row = arrived() + i * (words / 4);
-                    counts.add_plane(words, x_planes(), [&](int word) { return row[word / 4]; });
-                    free_slot();
-                    ask_owed();
+                for (int plane = 0; plane < bits.n_planes; plane++) {
+                    const uint4* row = reinterpret_cast<const uint4*>(ring.arrived(0)) + i * (bits.n_words / 4);
+                    if (counts_rows) {
+                        counts.add_plane(bits.n_words, x_planes(), [&](int word) { return row[word / 4]; });
+                    }
+                    ring.pass(1);
                 }
                 score = counts.score();
-            } else {
-                const BitRows rows = {w.signs, w.low, static_cast<int>(w.n_planes), a.n_rows, words};
-                score = rows.score(begin + first + i, x_planes());
+            } else if (counts_rows) {
+                score = bits.score(mine.begin + first + i, x_planes());
             }
-            bool keep = lane_id() % 4 == 0 && lane_id() / 4 < n_rows;
-            if (keep) {
-                keep = is_kept(score, limit_of(w.limits, w.limit, begin + first + i), x_scale);
+            if (counts_rows) {
+                bool keep = lane_id() % 4 == 0 && begin + lane_id() / 4 < n_rows;
+                if (keep) {
+                    keep = is_kept(score, limit_of(w.limits, w.limit, mine.begin + first + i), x_scale);
+                }
+                keep_rows(keep, first + i);
             }
-            keep_rows(keep, first + i, n_kept);
         }
     }
 
-    // kept = the block's rows whose signs pass the limit. A warp counts eight rows side by side; its lanes hold words.
-    __device__ __forceinline__ void predict(const DecodeLayer& w, int n, int* n_kept) {
-        const int begin = share(MLP).begin;
-        const bool ringed = a.sign_rows > 0;
-        const int per_item = ringed ? a.sign_rows : SIGN_ROWS;
+    // kept = the block's rows whose signs pass the limit. Lanes hold words.
+    __device__ __forceinline__ void predict(const DecodeLayer& w) {
+        const auto mine = share(MLP);
         const int words = n_words();
 #pragma unroll 1
-        for (int item = warp_id(); item * per_item < n; item += DECODE_WARPS) {
-            const int first = item * per_item;
-            const int n_rows = min(per_item, n - first);
-            const uint32_t* rows = ringed ? reinterpret_cast<const uint32_t*>(arrived())
-                                          : w.signs + static_cast<int64_t>(begin + first) * words;
-            uint32_t counts[SIGN_ROWS] = {};
-#pragma unroll 1
-            for (int word = lane_id(); word < words; word += WARP) {
-                const uint32_t x = x_signs()[word];
+        for (int first = 0; first < mine.count; first += UNIT_ROWS) {
+            const int n_rows = min(UNIT_ROWS, mine.count - first);
+            const int begin = (warp_id() - first / SIGN_ROWS & DECODE_WARPS - 1) * SIGN_ROWS;
+            if (begin < n_rows) {
+                uint32_t counts[SIGN_ROWS] = {};
+                const auto count = [&](const uint32_t* rows) {
+#pragma unroll 4
+                    for (int word = lane_id(); word < words; word += WARP) {
+                        const uint32_t x = x_signs()[word];
+#pragma unroll
+                        for (int r = 0; r < SIGN_ROWS; r++) {
+                            counts[r] += __popc(rows[min(begin + r, n_rows - 1) * words + word] ^ x);
+                        }
+                    }
+                };
+                if (a.ringed_signs) {
+                    count(reinterpret_cast<const uint32_t*>(ring.arrived(0)));
+                } else {
+                    count(w.signs + static_cast<int64_t>(mine.begin + first) * words);
+                }
+                uint32_t of_lane = 0;
 #pragma unroll
                 for (int r = 0; r < SIGN_ROWS; r++) {
-                    counts[r] += __popc(rows[min(r, n_rows - 1) * words + word] ^ x);
+                    const uint32_t count = __reduce_add_sync(0xffffffffu, counts[r]);
+                    of_lane = lane_id() == r ? count : of_lane;
                 }
+                const int row = first + begin + lane_id();
+                bool keep = lane_id() < SIGN_ROWS && row < mine.count;
+                if (keep) {
+                    keep = of_lane <= limit_of(w.limits, w.limit, mine.begin + row);
+                }
+                keep_rows(keep, row);
             }
-            uint32_t mine = 0;
-#pragma unroll
-            for (int r = 0; r < SIGN_ROWS; r++) {
-                const uint32_t count = __reduce_add_sync(0xffffffffu, counts[r]);
-                mine = lane_id() == r ? count : mine;
-            }
-            const int row = first + lane_id();
-            bool keep = lane_id() < n_rows;
-            if (keep) {
-                keep = mine <= limit_of(w.limits, w.limit, begin + row);
-            }
-            keep_rows(keep, row, n_kept);
-            if (ringed) {
-                free_slot();
-                ask_owed();
+            if (a.ringed_signs) {
+                ring.arrived(0);
+                ring.pass(1);
             }
         }
     }
 
-    // Empties the lists of rows; needs a barrier of the block.
-    __device__ __forceinline__ void clear_lists(const DecodeLayer& w, int* n_kept, int* n_active) {
+    // Empties the lists of rows; needs a barrier of the block, and the loading warp past the last lists.
+    __device__ __forceinline__ void clear_lists(const DecodeLayer& w) {
         const int n = share(MLP).count;
         if (threadIdx.x == 0) {
-            *n_kept = w.rows == PREDICTED ? 0 : n;
-            *n_active = 0;
+            lists().n_kept = w.rows == PREDICTED ? 0 : n;
+            lists().n_active = 0;
         }
 #pragma unroll 1
         for (int i = threadIdx.x; i < n; i += DECODE_THREADS) {
             h_rows()[i] = 0.0f;
+            kept()[i] = NOT_KEPT;
         }
     }
 
-    // The gate of row i, row in_tile of the tile. A row becomes active in any order: that changes which warp multiplies
-    // it, not how.
-    __device__ __forceinline__ void activate_row(int i, int in_tile, int* n_active) {
-        const float gate = activate(a.activation, a.threshold, tile_row(a.cut_d, in_tile));
-        if (gate != 0.0f) {
-            h_rows()[i] = gate;
-            active()[atomicAdd(n_active, 1)] = i;
+    __device__ __forceinline__ void count_rows(int layer) const {
+        if (threadIdx.x == 0) {
+            atomicAdd(a.counts + 2 * layer, static_cast<unsigned long long>(lists().n_kept));
+            atomicAdd(a.counts + 2 * layer + 1, static_cast<unsigned long long>(lists().n_active));
         }
     }
 
-    // Rows first..end of the gate, or of gate and up in turn, in the tile.
-    __device__ __forceinline__ void store_gates(const DecodeLayer& w, int first, int end, int* n_active) {
+    // The block's rows whose gate is not zero, in order. Ends past a barrier of the block.
+    __device__ __forceinline__ void list_active() {
+        if (warp_id() == 0) {
+            int n = 0;
+#pragma unroll 1
+            for (int base = 0; base < share(MLP).count; base += WARP) {
+                const int i = base + lane_id();
+                const bool is_active = i < share(MLP).count && h_rows()[i] != 0.0f;
+                const uint32_t found = __ballot_sync(0xffffffffu, is_active);
+                if (is_active) {
+                    active()[n + __popc(found & ((1u << lane_id()) - 1))] = i;
+                }
+                n += __popc(found);
+            }
+            if (lane_id() == 0) {
+                lists().n_active = n;
+            }
+        }
+        sync();
+        if (threadIdx.x == 0) {
+            arrive_at(&lists().has_active);
+        }
+    }
+
+    // kept = the block's rows that the predictor keeps; the loading warp brings them. Ends past a barrier of the block.
+    __device__ __forceinline__ void list_kept(const DecodeLayer& w) {
+        sync();
+        if (w.n_planes > 0) {
+            predict_scores(w, quantise_vec());
+        } else {
+            predict(w);
+        }
+        sync();
+        if (threadIdx.x == 0) {
+            arrive_at(&lists().has_kept);
+        }
+        mark(PREDICT);
+    }
+
+    // Gates of the block's rows first..end, kept or all, or gates and ups in turn, from the tile.
+    __device__ __forceinline__ void store_gates(const DecodeLayer& w, int first, int end) {
         if (w.rows == ALL) {
 #pragma unroll 1
             for (int i = threadIdx.x; i < (end - first) / 2; i += DECODE_THREADS) {
-                const float gate = activate(a.activation, a.threshold, tile_row(a.cut_d, 2 * i));
-                h_rows()[first / 2 + i] = gate * tile_row(a.cut_d, 2 * i + 1);
+                const float gate = activate(a.activation, a.threshold, tile_row(2 * i));
+                h_rows()[first / 2 + i] = gate * tile_row(2 * i + 1);
                 if (gate != 0.0f) {
-                    atomicAdd(n_active, 1);
+                    atomicAdd(&lists().n_active, 1);
                 }
             }
         } else {
 #pragma unroll 1
             for (int i = threadIdx.x; i < end - first; i += DECODE_THREADS) {
-                activate_row(first + i, i, n_active);
+                const int row = w.rows == PREDICTED ? kept()[first + i] : first + i;
+                h_rows()[row] = activate(a.activation, a.threshold, tile_row(i));
             }
         }
     }
 
-    // What the ring does not bring: kept rows of the gate, active rows of up. Then h is whole.
-    __device__ __forceinline__ void sparse_rows(
-        int layer, const Segment& s, const int* n_kept, int* n_active
-    ) {
-        const DecodeLayer& w = a.layers[layer];
-        const int begin = share(MLP).begin;
-        const int n = share(MLP).count;
-        const int step = tile_rows(a.cut_d);
-#pragma unroll 1
-        for (int pass = w.rows == PREDICTED ? 0 : w.rows == ACTIVE ? 1 : 2; pass < 2; pass++) {
-            const void* weights = pass == 0 ? w.w_gate : w.w_up;
-            const T* matrix = static_cast<const T*>(weights) + static_cast<int64_t>(begin) * a.cut_d.n_cols;
-            const int* list = pass == 0 ? kept() : active();
-            const int n_listed = pass == 0 ? *n_kept : *n_active;
-#pragma unroll 1
-            for (int first = 0; first < n_listed; first += step) {
-                const int end = min(first + step, n_listed);
-                listed_rows(a.cut_d, s, first, end, matrix, list);
-                __syncthreads();
-#pragma unroll 1
-                for (int i = threadIdx.x; i < end - first; i += DECODE_THREADS) {
-                    if (pass == 0) {
-                        activate_row(list[first + i], i, n_active);
-                    } else {
-                        h_rows()[list[first + i]] *= tile_row(a.cut_d, i);
-                    }
-                }
-                __syncthreads();
-            }
-            mark(pass == 0 ? GATE : UP);
-        }
-#pragma unroll 1
-        for (int i = threadIdx.x; i < n; i += DECODE_THREADS) {
-            __stcg(a.h + begin + i, h_rows()[i]);
-        }
-        if (threadIdx.x == 0) {
-            atomicAdd(a.counts + 2 * layer, static_cast<unsigned long long>(*n_kept));
-            atomicAdd(a.counts + 2 * layer + 1, static_cast<unsigned long long>(*n_active));
-        }
-    }
-
-    // down_parts[chunk] = sum over the chunk's rows of h[i] * w_down_t[i].
-    __device__ __forceinline__ void down(int layer) {
-        const DecodeLayer& w = a.layers[layer];
-        const int d = a.cut_d.n_cols;
-        constexpr int COLS = DOWN_LANES * PER_LOAD<T>;
-        const int n_col_chunks = (d + COLS - 1) / COLS;
-        float* warp_sums = vec();  // (warps, COLS)
-        int* queue_rows = reinterpret_cast<int*>(vec() + DECODE_WARPS * COLS) + warp_id() * DOWN_QUEUE;
-        float* queue_h = vec() + DECODE_WARPS * (COLS + DOWN_QUEUE) + warp_id() * DOWN_QUEUE;
-        const int half = lane_id() / DOWN_LANES;
-#pragma unroll 1
-        for (int task = blockIdx.x; task < n_col_chunks * a.n_chunks; task += gridDim.x) {
-            const int chunk = task / n_col_chunks;
-            const int col = (task - chunk * n_col_chunks) * COLS + lane_id() % DOWN_LANES * PER_LOAD<T>;
-            const T* weights = static_cast<const T*>(w.w_down_t) + col;
-            const int chunk_begin = share_begin(a.n_rows, chunk, a.n_chunks);
-            const int chunk_rows = share_begin(a.n_rows, chunk + 1, a.n_chunks) - chunk_begin;
-            const int begin = chunk_begin + share_begin(chunk_rows, warp_id(), DECODE_WARPS);
-            const int end = chunk_begin + share_begin(chunk_rows, warp_id() + 1, DECODE_WARPS);
-            float sums[PER_LOAD<T>] = {};
-            int n_queued = 0;
-            // h of the rows from base on, a row for each lane; those that follow are in flight.
-            float h[H_IN_FLIGHT] = {};
-            int base = begin;
-            int n_loaded = 0;
-#pragma unroll 1
-            while (true) {
-                // The queue takes rows until it holds a round, or there are none left.
-#pragma unroll 1
-                while (n_queued < DOWN_ROUND && base < end) {
-                    if (n_loaded == 0) {
+    // down_parts[block] = sum over the block's rows of h[i] * w_down_t[i]: a warp for its own chunks of columns.
+    __device__ __forceinline__ void down(const DecodeLayer& w) {
+        const int n = w.rows == ALL ? share(MLP).count : lists().n_active;
+        const int first_col = first_column();
+        const int at_once = min(DOWN_ROWS, a.product_rows);
+        float4 sums[VEC_LOADS];
 #pragma unroll
-                        for (int k = 0; k < H_IN_FLIGHT; k++) {
-                            const int row = base + k * WARP + lane_id();
-                            h[k] = row < end ? __ldcg(a.h + row) : 0.0f;
+        for (int k = 0; k < VEC_LOADS; k++) {
+            sums[k] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        }
+#pragma unroll 1
+        for (int first = 0; first < n; first += at_once) {
+            const int n_rows = min(at_once, n - first);
+            const T* row[DOWN_ROWS];
+            float h[DOWN_ROWS];
+#pragma unroll
+            for (int r = 0; r < DOWN_ROWS; r++) {
+                const int i = min(r, n_rows - 1);
+                row[r] = reinterpret_cast<const T*>(ring.arrived(i));
+                h[r] = h_rows()[w.rows == ALL ? first + i : active()[first + i]];
+            }
+#pragma unroll
+            for (int k = 0; k < VEC_LOADS; k++) {
+                if (has_columns(k, a.d) && first_col + k * LOAD_COLS < a.d) {
+#pragma unroll
+                    for (int r = 0; r < DOWN_ROWS; r++) {
+                        const float4 v = four_of(row[r] + first_col + k * LOAD_COLS);
+                        if (r < n_rows) {
+                            sums[k].x = fmaf(h[r], v.x, sums[k].x);
+                            sums[k].y = fmaf(h[r], v.y, sums[k].y);
+                            sums[k].z = fmaf(h[r], v.z, sums[k].z);
+                            sums[k].w = fmaf(h[r], v.w, sums[k].w);
                         }
-                        n_loaded = H_IN_FLIGHT;
                     }
-                    const int row = base + lane_id();
-                    const float value = h[0];
-#pragma unroll
-                    for (int k = 1; k < H_IN_FLIGHT; k++) {
-                        h[k - 1] = h[k];
-                    }
-                    n_loaded--;
-                    base += WARP;
-                    const bool counts = row < end && (w.rows == ALL || value != 0.0f);
-                    const uint32_t found = __ballot_sync(0xffffffffu, counts);
-                    if (counts) {
-                        const int at = n_queued + __popc(found & ((1u << lane_id()) - 1));
-                        queue_rows[at] = row;
-                        queue_h[at] = value;
-                    }
-                    n_queued += __popc(found);
-                }
-                __syncwarp();
-                if (n_queued == 0) {
-                    break;
-                }
-                // A round of the queue's rows, two at a time side by side.
-                uint4 raw[DOWN_IN_FLIGHT];
-#pragma unroll
-                for (int k = 0; k < DOWN_IN_FLIGHT; k++) {
-                    const int at = 2 * k + half;
-                    raw[k] = make_uint4(0, 0, 0, 0);
-                    if (at < n_queued && col < d) {
-                        raw[k] = load_weights(weights + static_cast<int64_t>(queue_rows[at]) * d);
-                    }
-                }
-#pragma unroll
-                for (int k = 0; k < DOWN_IN_FLIGHT; k++) {
-                    const int at = 2 * k + half;
-                    const float value = at < n_queued ? queue_h[at] : 0.0f;
-                    float v[PER_LOAD<T>];
-                    unpack<T>(raw[k], v);
-#pragma unroll
-                    for (int j = 0; j < PER_LOAD<T>; j++) {
-                        sums[j] = fmaf(value, v[j], sums[j]);
-                    }
-                }
-                __syncwarp();
-                // What is left, less than a warp of rows, moves up.
-                n_queued = max(0, n_queued - DOWN_ROUND);
-                int left_row = 0;
-                float left_h = 0.0f;
-                if (lane_id() < n_queued) {
-                    left_row = queue_rows[DOWN_ROUND + lane_id()];
-                    left_h = queue_h[DOWN_ROUND + lane_id()];
-                }
-                __syncwarp();
-                if (lane_id() < n_queued) {
-                    queue_rows[lane_id()] = left_row;
-                    queue_h[lane_id()] = left_h;
                 }
             }
+            ring.pass(n_rows);
+        }
 #pragma unroll
-            for (int j = 0; j < PER_LOAD<T>; j++) {
-                sums[j] += __shfl_xor_sync(0xffffffffu, sums[j], DOWN_LANES);
-                if (half == 0) {
-                    warp_sums[warp_id() * COLS + lane_id() * PER_LOAD<T> + j] = sums[j];
-                }
+        for (int k = 0; k < VEC_LOADS; k++) {
+            if (has_columns(k, a.d) && first_col + k * LOAD_COLS < a.d) {
+                float* to = a.down_parts + static_cast<int64_t>(blockIdx.x) * a.d + first_col + k * LOAD_COLS;
+                __stcg(reinterpret_cast<float4*>(to), sums[k]);
             }
-            __syncthreads();
+        }
+    }
+
+    // x_out and own_x of the block's columns: what they were and the parts of all blocks.
+    __device__ __forceinline__ void add_parts() {
+        const auto mine = share(OUT);
 #pragma unroll 1
-            for (int c = threadIdx.x; c < COLS; c += DECODE_THREADS) {
-                const int out = (task - chunk * n_col_chunks) * COLS + c;
-                float sum = 0.0f;
+        for (int base = 0; base < mine.count; base += WARP) {
+            const int col = base + lane_id();
+            float sum = 0.0f;
+#pragma unroll 1
+            for (int first = warp_id(); first < gridDim.x; first += ADD_PARTS * DECODE_WARPS) {
+                const float* from = a.down_parts + static_cast<int64_t>(first) * a.d + mine.begin + col;
+                float parts[ADD_PARTS];
 #pragma unroll
-                for (int warp = 0; warp < DECODE_WARPS; warp++) {
-                    sum += warp_sums[warp * COLS + c];
+                for (int i = 0; i < ADD_PARTS; i++) {
+                    const bool in = col < mine.count && first + i * DECODE_WARPS < gridDim.x;
+                    parts[i] = in ? __ldcg(from + static_cast<int64_t>(i * DECODE_WARPS) * a.d) : 0.0f;
                 }
-                if (out < d) {
-                    __stcg(a.down_parts + static_cast<int64_t>(chunk) * d + out, sum);
+#pragma unroll
+                for (int i = 0; i < ADD_PARTS; i++) {
+                    sum += parts[i];
                 }
             }
-            __syncthreads();
+            tile()[lane_id() * DECODE_WARPS + warp_id()] = sum;
+            sync();
+            if (warp_id() == 0 && col < mine.count) {
+                const float x = own_x()[col] + tile_row(lane_id());
+                own_x()[col] = x;
+                __stcg(a.x_out + mine.begin + col, x);
+            }
+            sync();
         }
     }
 
@@ -1344,7 +1202,7 @@ struct Decoder {
 
     // The best of a block on thread 0.
     __device__ __forceinline__ void block_best(float& best, int& id) {
-        int* ids = reinterpret_cast<int*>(vec());
+        int* ids = reinterpret_cast<int*>(memory());
 #pragma unroll
         for (int offset = WARP / 2; offset > 0; offset /= 2) {
             const float other = __shfl_xor_sync(0xffffffffu, best, offset);
@@ -1354,7 +1212,7 @@ struct Decoder {
             scratch()[warp_id()] = best;
             ids[warp_id()] = id;
         }
-        __syncthreads();
+        sync();
         if (threadIdx.x == 0) {
             for (int warp = 1; warp < DECODE_WARPS; warp++) {
                 keep_better(best, id, scratch()[warp], ids[warp]);
@@ -1387,115 +1245,139 @@ struct Decoder {
 
 template <typename T>
 __device__ __forceinline__ void decode(const DecodeArgs& a) {
-    __shared__ int n_kept;
-    __shared__ int n_active;
+    const Layout<T> layout{a};
+    auto& lists = layout.lists();
+    init_ring(a.n_slots, DECODE_WARPS);
+    if (threadIdx.x == 0) {
+        init_barrier(&lists.has_kept, 1);
+        init_barrier(&lists.has_active, 1);
+        init_barrier(&lists.has_phase, 1);
+        init_barrier(&lists.may_load, 1);
+    }
+    layout.make_shares();
+    __syncthreads();
+    if (warp_id() == DECODE_WARPS) {
+        Loader<T>{layout, {layout.ring_room(), a.in_flight, a.in_flight_idle}}.token();
+        return;
+    }
 
-    Decoder<T> m(a);
+    Decoder<T> m(layout);
     const uint32_t token = min(__ldcg(&a.state->token), static_cast<uint32_t>(a.vocab_size - 1));
     const int position = static_cast<int>(min(__ldcg(&a.state->position), static_cast<uint32_t>(a.n_positions_max - 1)));
     m.arrivals_before = __ldcg(a.sync + 1);
     m.start_marks();
-    m.init_ring();
-    m.make_shares();
-    m.n_sign_items = a.sign_rows == 0 ? 0 : (m.share(MLP).count + a.sign_rows - 1) / a.sign_rows;
-    m.n_owed = a.n_slots;
-    m.pay(0);
+    const auto own = m.share(OUT);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < own.count; i += DECODE_THREADS) {
+        m.own_x()[i] = to_f32(static_cast<const T*>(a.embedding)[static_cast<int64_t>(token) * a.d + own.begin + i]);
+    }
 
     float best = -INFINITY;
     int id = INT_MAX;
     int phase = QKV;
     int layer = 0;
-    // One loop over the phases that the ring feeds, so that its code is there once.
+    // One loop over all that the ring brings, so that code is there once: instructions come from a cache, too.
 #pragma unroll 1
     while (true) {
         const DecodeLayer& w = a.layers[min(layer, a.n_layers - 1)];
-        const ItemCut& cut = phase == OUT ? a.cut_q : a.cut_d;
+        const int n_cols = phase == OUT ? a.q_cols : a.d;
         if (phase == OUT) {
+            // Waits, when it has asked for the keys and values that are there already.
             m.attention(layer, position);
             m.arrive();
             m.mark(ATTEND);
             m.wait();
             m.mark(WAIT_ATTEND);
-            m.merge_attention(position);
-            m.mark(MERGE);
-        } else {
-            const float* norm = phase == QKV ? w.attn_norm : phase == MLP ? w.mlp_norm : a.final_norm;
-            if (phase == MLP) {
-                m.clear_lists(w, &n_kept, &n_active);
-            }
-            const int n_parts = phase == MLP || layer == 0 ? 0 : a.n_chunks;
-            m.normalise(norm, layer == 0 && phase == QKV, token, n_parts, phase == QKV);
-            m.mark(phase == QKV ? NORM_QKV : phase == MLP ? NORM_MLP : NORM_HEAD);
         }
-        const bool predicted = phase == MLP && w.rows == PREDICTED;
-        const bool scored = predicted && w.n_planes > 0;
-        const float x_scale = scored ? m.quantise_vec() : 0.0f;
-        const typename Decoder<T>::Segment s = m.segment_of(cut);
-        if (predicted) {
-            if (scored) {
-                m.predict_scores(w, m.share(MLP).count, x_scale, &n_kept);
+        if (phase != UP_ROWS) {
+            float4 v[VEC_LOADS];
+            if (phase == OUT) {
+                m.merge_attention(position, v);
             } else {
-                m.predict(w, m.share(MLP).count, &n_kept);
+                const float* norm = phase == QKV ? w.attn_norm : phase == MLP ? w.mlp_norm : a.final_norm;
+                m.normalise(norm, layer == 0 && phase == QKV, token, phase == MLP && w.rows == PREDICTED, v);
             }
-            __syncthreads();
-            m.mark(PREDICT);
+            m.store_vec(n_cols, v);
+            m.mark(phase == QKV ? NORM_QKV : phase == OUT ? MERGE : phase == MLP ? NORM_MLP : NORM_HEAD);
         }
-        const int n = predicted ? 0 : m.n_items(layer, phase);
-        const int step = m.tile_rows(cut);
+        if (threadIdx.x == 0 && phase != UP_ROWS) {
+            arrive_at(&lists.has_phase);
+        }
+        int n = phase == UP_ROWS ? lists.n_active : m.share(phase).count;
+        if (phase == QKV || (phase == MLP && w.rows == ALL)) {
+            n *= 2;
+        } else if (phase == MLP && w.rows == PREDICTED) {
+            m.list_kept(w);
+            n = lists.n_kept;
+        }
 #pragma unroll 1
-        for (int first = 0; first < n; first += step) {
-            const int end = min(first + step, n);
-            m.ring_rows(cut, s, first, end);
-            __syncthreads();
+        for (int first = 0; first < n; first += a.tile_rows) {
+            const int end = min(first + a.tile_rows, n);
+            m.ring_rows(n_cols, first, end);
+            Computing::sync();
             if (phase == QKV) {
                 m.store_qkv(w, position, first, end);
             } else if (phase == MLP) {
-                m.store_gates(w, first, end, &n_active);
+                m.store_gates(w, first, end);
             } else {
-                const int begin = m.share(phase).begin + first;
 #pragma unroll 1
                 for (int i = threadIdx.x; i < end - first; i += DECODE_THREADS) {
-                    const float sum = m.tile_row(cut, i);
+                    const float sum = m.tile_row(i);
                     if (phase == OUT) {
-                        __stcg(a.x_out + begin + i, m.residual()[begin + i] + sum);
+                        const float x = m.own_x()[first + i] + sum;
+                        m.own_x()[first + i] = x;
+                        __stcg(a.x_out + own.begin + first + i, x);
+                    } else if (phase == UP_ROWS) {
+                        m.h_rows()[m.active()[first + i]] *= sum;
                     } else {
-                        a.logits[begin + i] = sum;
-                        m.keep_better(best, id, sum, begin + i);
+                        const int row = m.share(HEAD).begin + first + i;
+                        a.logits[row] = sum;
+                        m.keep_better(best, id, sum, row);
                     }
                 }
             }
-            __syncthreads();
+            Computing::sync();
         }
-        m.mark(phase == QKV ? ROWS_QKV : phase == OUT ? ROWS_OUT : phase == MLP ? ROWS_MLP : ROWS_HEAD);
         if (phase == HEAD) {
+            m.mark(ROWS_HEAD);
             break;
         }
-        if (phase == MLP) {
-            m.sparse_rows(layer, s, &n_kept, &n_active);
-        }
-        m.arrive();
-        if (phase == MLP) {
-            // The next layer's first items come after all rows chosen here, and after this block's word that h is there.
-            m.pay(layer + 1);
-        }
         if (phase == QKV) {
-            // attention() waits, when it has asked for the keys and values that are there already.
+            m.mark(ROWS_QKV);
+            m.arrive();
             phase = OUT;
             continue;
         }
-        m.ask_norm(phase == OUT ? w.mlp_norm : layer + 1 < a.n_layers ? a.layers[layer + 1].attn_norm : a.final_norm);
-        m.wait();
-        m.mark(phase == OUT ? WAIT_OUT : WAIT_H);
         if (phase == OUT) {
+            m.mark(ROWS_OUT);
+            m.clear_lists(w);
+            m.arrive();
+            m.ask_norm(w.mlp_norm);
+            m.wait(w.rows == PREDICTED);
+            m.mark(WAIT_OUT);
             phase = MLP;
             continue;
         }
-        m.down(layer);
+        if (phase == MLP && w.rows != ALL) {
+            m.list_active();
+            m.mark(w.rows == PREDICTED ? GATE : ROWS_MLP);
+            phase = UP_ROWS;
+            continue;
+        }
+        m.mark(phase == MLP ? ROWS_MLP : UP);
+        m.down(w);
         m.arrive();
+        m.count_rows(layer);
         m.mark(DOWN);
+        layer++;
+        m.ask_norm(layer < a.n_layers ? a.layers[layer].attn_norm : a.final_norm);
         m.wait();
         m.mark(WAIT_DOWN);
-        layer++;
+        m.add_parts();
+        m.arrive();
+        m.mark(ADD_DOWN);
+        m.wait();
+        m.mark(WAIT_X);
         phase = layer < a.n_layers ? QKV : HEAD;
     }
     if (a.greedy) {
@@ -1516,12 +1398,12 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
     m.store_marks();
 }
 
-extern "C" __global__ __launch_bounds__(DECODE_THREADS, 1) void decode_f32(const __grid_constant__ DecodeArgs a) {
+extern "C" __global__ __launch_bounds__(DECODE_BLOCK, 1) void decode_f32(const __grid_constant__ DecodeArgs a) {
     decode<float>(a);
 }
-extern "C" __global__ __launch_bounds__(DECODE_THREADS, 1) void decode_f16(const __grid_constant__ DecodeArgs a) {
+extern "C" __global__ __launch_bounds__(DECODE_BLOCK, 1) void decode_f16(const __grid_constant__ DecodeArgs a) {
     decode<__half>(a);
 }
-extern "C" __global__ __launch_bounds__(DECODE_THREADS, 1) void decode_bf16(const __grid_constant__ DecodeArgs a) {
+extern "C" __global__ __launch_bounds__(DECODE_BLOCK, 1) void decode_bf16(const __grid_constant__ DecodeArgs a) {
     decode<__nv_bfloat16>(a);
 }

@@ -72,16 +72,16 @@ __device__ __forceinline__ uint32_t plane_word(uint32_t bytes) {
                          : (v & 0x0f0f0f0fu) | (other << 4 & 0xf0f0f0f0u);
 }
 
-// x in 8 bits, for the whole block: values(col) are the columns from col on, a multiple of 4 below
+// x in 8 bits, for the threads of Team: values(col) are the columns from col on, a multiple of 4 below
 // 32 * STEP_WORDS * x_planes_steps(n_words), with zeros past the last. Returns the scale, 0 where x has none (all zero,
 // not finite, too small), to all threads. scratch holds a word for each warp. Needs a barrier before planes are read.
-template <typename Values>
+template <typename Team = WholeBlock, typename Values>
 __device__ __forceinline__ float quantise(int n_words, uint32_t* planes, uint32_t* scratch, const Values& values) {
     const int n_cols = x_planes_steps(n_words) * STEP_WORDS * WARP;
     // Magnitudes compare as their bits do, NaN above all.
     uint32_t largest = 0;
 #pragma unroll 4
-    for (int col = 4 * threadIdx.x; col < n_cols; col += 4 * blockDim.x) {
+    for (int col = 4 * threadIdx.x; col < n_cols; col += 4 * Team::n_threads()) {
         const float4 x = values(col);
         largest = max(largest, max(__float_as_uint(fabsf(x.x)), __float_as_uint(fabsf(x.y))));
         largest = max(largest, max(__float_as_uint(fabsf(x.z)), __float_as_uint(fabsf(x.w))));
@@ -90,13 +90,13 @@ __device__ __forceinline__ float quantise(int n_words, uint32_t* planes, uint32_
     if (lane_id() == 0) {
         scratch[warp_id()] = largest;
     }
-    __syncthreads();
-    largest = __reduce_max_sync(0xffffffffu, lane_id() < blockDim.x / WARP ? scratch[lane_id()] : 0);
+    Team::sync();
+    largest = __reduce_max_sync(0xffffffffu, lane_id() < Team::n_threads() / WARP ? scratch[lane_id()] : 0);
     float scale = __fdiv_rn(127.0f, __uint_as_float(largest));
     scale = scale > 0.0f && scale < INFINITY ? scale : 0.0f;
     // A warp holds four words.
 #pragma unroll 4
-    for (int col = 4 * threadIdx.x; col < n_cols; col += 4 * blockDim.x) {
+    for (int col = 4 * threadIdx.x; col < n_cols; col += 4 * Team::n_threads()) {
         planes[x_plane_at(col / WARP, plane_of_lane())] = plane_word(quantised(values(col), scale));
     }
     return scale;

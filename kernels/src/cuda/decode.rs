@@ -7,36 +7,33 @@ use super::{Buffer, CudaError, Device, DeviceMatrix, DeviceRows, View};
 use crate::shape::check;
 use crate::{Activation, AttentionShape};
 
+/// Warps that compute; one beside them loads.
 const WARPS: usize = 8;
 const WARP: usize = 32;
-/// Most 16-byte pieces of a segment: `ITEM_LOADS` for each lane.
-const GRANULES_MAX: usize = 8 * WARP;
-/// Widest residual stream: `VEC_LOADS` times four columns for each thread.
+/// Widest vector: `VEC_LOADS` times four columns for each thread.
 const D_MAX: usize = 8 * 4 * WARPS * WARP;
 const LAYERS_MAX: usize = 128;
-/// Slots of a warp's ring that `wait_copies` knows.
-const N_SLOTS: [usize; 4] = [9, 5, 3, 2];
-/// Most slots where items are bulk copies, from this compute capability on.
-const SLOTS_MAX: usize = 16;
-const BULK_SINCE: (u32, u32) = (9, 0);
-/// Most rows of sign words that a warp counts side by side.
-const SIGN_ROWS_MAX: usize = 8;
-/// Partial sums of one tile.
-const TILE_FLOATS: usize = 1024;
-/// Lanes beside each other in the down projection, and rows queued for a warp.
-const DOWN_LANES: usize = 16;
-const DOWN_QUEUE: usize = 2 * 20 + WARP;
-/// Most row chunks of the down projection: every block reads the sums of all.
-const CHUNKS_MAX: usize = 8;
+/// Most slots of the ring, and bytes that its slots begin at a multiple of.
+const SLOTS_MAX: usize = 64;
+const RING_ALIGN: usize = 128;
+/// Bytes that a block has on their way through the ring, enough for an H100's bandwidth and latency; and where nobody waits
+/// for them yet, so that what the block does wait for does not come behind them.
+const IN_FLIGHT_BYTES: usize = 64 << 10;
+const IN_FLIGHT_IDLE_BYTES: usize = 24 << 10;
+/// Most rows of a product, and columns of a warp's chunk of the vector.
+const PRODUCT_ROWS: usize = 8;
+const CHUNK_COLS: usize = 128;
+/// Rows of sign words in a slot.
+const UNIT_ROWS: usize = 16;
+/// Most rows whose partial sums are kept at a time, those of a product for each warp.
+const TILE_ROWS_MAX: usize = 256;
 /// Most chunks of positions: every block merges all.
 const SPLITS_MAX: usize = 16;
-/// Bytes that the ring begins at a multiple of.
-const RING_ALIGN: usize = 128;
 /// Shared memory that the compiler lays out itself.
 const STATIC_BYTES: usize = 2 << 10;
 
 /// What a token's clocks are spent on, in the order of `Step` of decode.cu. A wait is for the other blocks.
-pub const DECODE_STEPS: [&str; 19] = [
+pub const DECODE_STEPS: [&str; 20] = [
     "norm of qkv",
     "qkv",
     "wait for qkv",
@@ -50,9 +47,10 @@ pub const DECODE_STEPS: [&str; 19] = [
     "MLP, all gate rows",
     "MLP, kept gate rows",
     "MLP, active up rows",
-    "wait for h",
     "down",
     "wait for down",
+    "sum of down",
+    "wait for x",
     "norm of lm_head",
     "lm_head",
     "next token",
@@ -132,7 +130,6 @@ pub struct DecodeScratch {
     q: Buffer,
     part_sums: Buffer,
     part_maxima: Buffer,
-    h: Buffer,
     down_parts: Buffer,
     best: Buffer,
     sync: Buffer,
@@ -144,29 +141,18 @@ struct Plan {
     shape: AttentionShape,
     d: usize,
     f: usize,
-    cut_d: ItemCut,
-    cut_q: ItemCut,
     head_lanes: usize,
     n_splits_max: usize,
-    n_chunks: usize,
     slot_bytes: usize,
     n_slots: usize,
-    /// Rows of sign words in an item of the ring; 0 where they do not divide into 16 bytes.
-    sign_rows: usize,
+    product_rows: usize,
     vec_floats: usize,
+    tile_rows: usize,
+    own_cols: usize,
     list_rows: usize,
+    ringed_signs: bool,
     n_blocks: usize,
     shared_bytes: usize,
-}
-
-/// `ItemCut` of decode.cu.
-#[derive(Clone, Copy, Debug)]
-#[repr(C)]
-struct ItemCut {
-    n_cols: i32,
-    n_segs: i32,
-    seg_bits: i32,
-    granules: i32,
 }
 
 #[derive(Clone, Copy)]
@@ -204,15 +190,14 @@ struct DecodeArgs {
     q: u64,
     part_sums: u64,
     part_maxima: u64,
-    h: u64,
     down_parts: u64,
     logits: u64,
     best: u64,
     sync: u64,
     counts: u64,
     clocks: u64,
-    cut_d: ItemCut,
-    cut_q: ItemCut,
+    d: i32,
+    q_cols: i32,
     n_layers: i32,
     n_heads: i32,
     n_kv_heads: i32,
@@ -223,41 +208,33 @@ struct DecodeArgs {
     vocab_size: i32,
     n_positions_max: i32,
     n_ids: i32,
-    n_chunks: i32,
     slot_bytes: i32,
     n_slots: i32,
+    in_flight: i32,
+    in_flight_idle: i32,
+    product_rows: i32,
     vec_floats: i32,
-    tile_floats: i32,
+    tile_rows: i32,
+    own_cols: i32,
     list_rows: i32,
+    ringed_signs: i32,
     greedy: i32,
     activation: u32,
     threshold: f32,
     eps: f32,
     scale: f32,
     heads_per_pair: f32,
-    sign_rows: i32,
     layers: [LayerArgs; LAYERS_MAX],
 }
 
-impl ItemCut {
-    /// `None` where a row does not divide into 16-byte pieces, or into segments for a block's warps.
-    fn new(n_cols: usize, element_bytes: usize) -> Option<Self> {
-        let n_bytes = n_cols * element_bytes;
-        if !n_bytes.is_multiple_of(16) {
-            return None;
-        }
-        let n_segs = (n_bytes / 16).div_ceil(GRANULES_MAX).next_power_of_two();
-        let granules = (n_bytes / 16).div_ceil(n_segs);
-        (n_segs <= WARPS).then_some(Self {
-            n_cols: n_cols as i32,
-            n_segs: n_segs as i32,
-            seg_bits: n_segs.trailing_zeros() as i32,
-            granules: granules as i32,
-        })
-    }
+/// `Vector` of vector.cuh: 16-bit types hold three terms, each half a line of [`RING_ALIGN`] bytes after the last.
+fn vector_bytes(n_cols: usize, element_bytes: usize) -> usize {
+    let n_terms = if element_bytes == 2 { 3 } else { 1 };
+    n_terms * (n_cols.next_multiple_of(CHUNK_COLS) * element_bytes + RING_ALIGN / 2)
 }
 
 impl Plan {
+    /// `None` where rows do not divide into 16-byte pieces, or shared memory has no room for a few rows.
     fn new(
         device: &Device,
         shape: &AttentionShape,
@@ -265,61 +242,52 @@ impl Plan {
         f: usize,
         element_bytes: usize,
     ) -> Option<Self> {
-        let cut_d = ItemCut::new(d, element_bytes)?;
-        let cut_q = ItemCut::new(shape.n_heads * shape.head_dim, element_bytes)?;
-        if !shape.head_dim.is_multiple_of(8) || shape.head_dim > 8 * WARP || d > D_MAX {
+        let q_cols = shape.n_heads * shape.head_dim;
+        let widest = d.max(q_cols);
+        let divides = [d, q_cols].iter().all(|n_cols| (n_cols * element_bytes).is_multiple_of(16));
+        if !divides || widest > D_MAX || !shape.head_dim.is_multiple_of(8) || shape.head_dim > 8 * WARP {
             return None;
         }
         let head_lanes = (shape.head_dim / 8).next_power_of_two();
         let n_blocks = device.n_multiprocessors();
-        let down_cols = DOWN_LANES * 16 / element_bytes;
-        let vec_floats = [
-            d,
-            shape.n_heads * shape.head_dim,
-            WARPS * head_lanes * 8 + 2 * WARPS,
-            WARPS * (down_cols + 2 * DOWN_QUEUE),
-        ];
-        let vec_floats = vec_floats.into_iter().max()?.next_multiple_of(4);
+        let attention_bytes = (WARPS * head_lanes * 8 + 2 * WARPS) * size_of::<f32>();
+        let vec_bytes = vector_bytes(widest, element_bytes).max(attention_bytes).next_multiple_of(16);
+        let n_pairs = (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim / 2;
+        let n_splits_max = (n_blocks / shape.n_kv_heads).clamp(1, SPLITS_MAX);
+        // The weights of attention's chunks lie there as well.
+        let tile_rows = (2 * n_pairs.max(f).div_ceil(n_blocks).clamp(WARP / 2, TILE_ROWS_MAX / 2))
+            .max((shape.n_heads * n_splits_max).div_ceil(WARPS).next_multiple_of(2));
+        let own_cols = d.div_ceil(n_blocks).next_multiple_of(4);
         let list_rows = f.div_ceil(n_blocks).next_multiple_of(4);
-        // Whole loads of a warp, two at a time (`multiply`).
-        let slot_bytes = (cut_d.granules.max(cut_q.granules) as usize).next_multiple_of(2 * WARP) * 16;
         let row_bytes = d.div_ceil(WARP) * 4;
-        let sign_rows = if row_bytes.is_multiple_of(16) {
-            // As few rounds as the ring allows, dealt evenly to the warps.
-            let each = f.div_ceil(n_blocks).div_ceil(WARPS);
-            let n_rounds = each.div_ceil((slot_bytes / row_bytes).clamp(1, SIGN_ROWS_MAX));
-            each.div_ceil(n_rounds).min(slot_bytes / row_bytes)
-        } else {
-            0
-        };
-        let fixed_floats = d + vec_floats + TILE_FLOATS + 3 * list_rows;
+        let slot_bytes = (widest * element_bytes).max(UNIT_ROWS * row_bytes).next_multiple_of(RING_ALIGN);
+        let lists_bytes = (tile_rows * WARPS + own_cols + 3 * list_rows) * size_of::<f32>();
         // The ring begins at its first multiple of RING_ALIGN after the rest.
-        let fixed_bytes = fixed_floats * size_of::<f32>() + x_planes_bytes(d.div_ceil(WARP)) + RING_ALIGN;
+        let fixed_bytes = vec_bytes + lists_bytes + x_planes_bytes(d.div_ceil(WARP)) + RING_ALIGN;
         let ring_bytes = device.shared_bytes_max().checked_sub(STATIC_BYTES + fixed_bytes)?;
-        let room = ring_bytes / WARPS / slot_bytes;
-        let bulk = device.info().capability >= BULK_SINCE;
-        let n_slots = if bulk && room >= 2 {
-            Some(room.min(SLOTS_MAX))
-        } else {
-            N_SLOTS.into_iter().find(|&n_slots| n_slots <= room)
-        };
-        n_slots.map(|n_slots| Self {
+        let n_slots = (ring_bytes / slot_bytes).min(SLOTS_MAX);
+        (n_slots >= 2).then(|| Self {
             shape: *shape,
             d,
             f,
-            cut_d,
-            cut_q,
             head_lanes,
-            n_splits_max: (n_blocks / shape.n_kv_heads).clamp(1, SPLITS_MAX),
-            n_chunks: (n_blocks / d.div_ceil(down_cols)).clamp(1, CHUNKS_MAX),
+            n_splits_max,
             slot_bytes,
             n_slots,
-            sign_rows,
-            vec_floats,
+            product_rows: (n_slots / 2).min(PRODUCT_ROWS),
+            vec_floats: vec_bytes / size_of::<f32>(),
+            tile_rows,
+            own_cols,
             list_rows,
+            ringed_signs: row_bytes.is_multiple_of(16),
             n_blocks,
-            shared_bytes: fixed_bytes + WARPS * n_slots * slot_bytes,
+            shared_bytes: fixed_bytes + n_slots * slot_bytes,
         })
+    }
+
+    /// Slots that hold so many bytes: at least one, at most all.
+    fn rows_of(&self, n_bytes: usize) -> usize {
+        (n_bytes / self.slot_bytes).clamp(1, self.n_slots)
     }
 }
 
@@ -354,8 +322,7 @@ impl Device {
             q: floats(shape.n_heads * shape.head_dim)?,
             part_sums: floats(n_parts * shape.head_dim)?,
             part_maxima: floats(2 * n_parts)?,
-            h: floats(f)?,
-            down_parts: floats(plan.n_chunks * d)?,
+            down_parts: floats(plan.n_blocks * d)?,
             best: floats(2 * plan.n_blocks)?,
             sync: floats(2)?,
         }))
@@ -436,15 +403,14 @@ impl Device {
             q: scratch.q.view().address(),
             part_sums: scratch.part_sums.view().address(),
             part_maxima: scratch.part_maxima.view().address(),
-            h: scratch.h.view().address(),
             down_parts: scratch.down_parts.view().address(),
             logits: floats("logits", call.logits, vocab_size)?,
             best: scratch.best.view().address(),
             sync: scratch.sync.view().address(),
             counts: call.counts.address(),
             clocks,
-            cut_d: plan.cut_d,
-            cut_q: plan.cut_q,
+            d: d as i32,
+            q_cols: q_width as i32,
             n_layers: call.layers.len() as i32,
             n_heads: shape.n_heads as i32,
             n_kv_heads: shape.n_kv_heads as i32,
@@ -455,24 +421,27 @@ impl Device {
             vocab_size: vocab_size as i32,
             n_positions_max: call.shape.n_positions_max as i32,
             n_ids: (call.ids.len_bytes() / size_of::<u32>()) as i32,
-            n_chunks: plan.n_chunks as i32,
             slot_bytes: plan.slot_bytes as i32,
             n_slots: plan.n_slots as i32,
+            in_flight: plan.rows_of(IN_FLIGHT_BYTES) as i32,
+            in_flight_idle: plan.rows_of(IN_FLIGHT_IDLE_BYTES) as i32,
+            product_rows: plan.product_rows as i32,
             vec_floats: plan.vec_floats as i32,
-            tile_floats: TILE_FLOATS as i32,
+            tile_rows: plan.tile_rows as i32,
+            own_cols: plan.own_cols as i32,
             list_rows: plan.list_rows as i32,
+            ringed_signs: plan.ringed_signs.into(),
             greedy: call.greedy.into(),
             activation,
             threshold,
             eps: call.eps,
             scale: std::f32::consts::LOG2_E / (shape.head_dim as f32).sqrt(),
             heads_per_pair: 2.0 / shape.head_dim as f32,
-            sign_rows: plan.sign_rows as i32,
             layers,
         };
         let kernel = format!("decode_{}", dtype.suffix());
         // SAFETY: every length was checked above; the scratch was made for these widths.
-        unsafe { self.launch_together(&kernel, plan.n_blocks, WARPS * WARP, plan.shared_bytes, &args) }
+        unsafe { self.launch_together(&kernel, plan.n_blocks, (WARPS + 1) * WARP, plan.shared_bytes, &args) }
     }
 }
 

@@ -1,0 +1,197 @@
+// A vector in shared memory that rows of weights, also there, are multiplied with.
+//
+// Computes   sum_c row[c] x[c] for PRODUCT_ROWS rows at a time, each warp for its own chunks of columns
+// Source     PTX mma.m16n8k16: tensor cores add in f32, and only x has more bits than they take
+// Reference  reference::matvec; within TOLERANCE (sum order)
+// Shapes     x as terms, each of all columns in the type of the weights: the value nearest to x, the value nearest to
+//            what is left, and once more; f32 has one term. Past the last column zeros, to whole chunks
+// Scale      f16 holds x times a power of two, one for each warp's columns, that brings the largest below 2^15: what
+//            three terms leave is below 2^-39 of it, and nothing where an f32 is above 2^-15 of it
+// Warp       chunk c of CHUNK_COLS columns is warp c % N_WARPS'. Eight weight rows are the right side of a product, the
+//            terms rows of its left side. A lane reads 16 bytes of its weight row at a time, for two products: rows 0 to 7
+//            of the left side belong to the first and 8 to 15 to the second, so that 16 bytes of a term, its middle pairs
+//            exchanged, are the left side of both. So that eight lanes meet all banks, odd weight rows take the two halves
+//            of a line in the other order, and rows 4 to 7 and 12 to 15 hold the terms in that order
+// Order      fixed by the shapes: repeatable bit for bit
+
+#pragma once
+
+#include "matrix.cuh"
+
+// Rows of a product.
+constexpr int PRODUCT_ROWS = 8;
+constexpr int CHUNK_COLS = 128;
+// Bytes of a chunk of 16-bit weights, in two lines.
+constexpr int CHUNK_BYTES = 2 * CHUNK_COLS;
+constexpr int LINE_BYTES = CHUNK_BYTES / 2;
+
+__host__ __device__ constexpr int n_vector_chunks(int n_cols) { return (n_cols + CHUNK_COLS - 1) / CHUNK_COLS; }
+
+template <typename T>
+constexpr int N_TERMS = sizeof(T) == 2 ? 3 : 1;
+
+// Two neighbouring terms lie half a line apart, for the banks.
+template <typename T>
+__device__ __forceinline__ int term_bytes(int n_cols) {
+    return n_vector_chunks(n_cols) * CHUNK_COLS * static_cast<int>(sizeof(T)) + LINE_BYTES / 2;
+}
+
+template <typename T>
+__device__ __forceinline__ uint32_t nearest_pair(float2 v);
+template <>
+__device__ __forceinline__ uint32_t nearest_pair<__half>(float2 v) {
+    const __half2 pair = __floats2half2_rn(v.x, v.y);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+}
+template <>
+__device__ __forceinline__ uint32_t nearest_pair<__nv_bfloat16>(float2 v) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(v.x, v.y);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+template <typename T>
+__device__ __forceinline__ float2 pair_of(uint32_t bits);
+template <>
+__device__ __forceinline__ float2 pair_of<__half>(uint32_t bits) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&bits));
+}
+template <>
+__device__ __forceinline__ float2 pair_of<__nv_bfloat16>(uint32_t bits) {
+    return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
+}
+
+// Four neighbouring weights.
+__device__ __forceinline__ float4 four_of(const float* w) { return *reinterpret_cast<const float4*>(w); }
+template <typename T>
+__device__ __forceinline__ float4 four_of(const T* w) {
+    const uint2 raw = *reinterpret_cast<const uint2*>(w);
+    const float2 low = pair_of<T>(raw.x);
+    const float2 high = pair_of<T>(raw.y);
+    return make_float4(low.x, low.y, high.x, high.y);
+}
+
+template <typename T>
+struct Vector {
+    char* terms;
+    int n_cols;
+
+    __device__ __forceinline__ char* term(int i) const { return terms + i * term_bytes<T>(n_cols); }
+
+    // A power of two for a warp's columns, of which none is larger than largest, and its inverse.
+    __device__ __forceinline__ static float2 scale_of(float largest) {
+        if constexpr (std::is_same_v<T, __half>) {
+            const int exponent = static_cast<int>(__float_as_uint(largest) >> 23) - 127;
+            const int up = max(-126, min(126, 14 - exponent));
+            return make_float2(__uint_as_float((127 + up) << 23), __uint_as_float((127 - up) << 23));
+        } else {
+            return make_float2(1.0f, 1.0f);
+        }
+    }
+
+    // Where the pair of columns col and col + 1 lies in a term of 16-bit elements, col + 2 and col + 3 eight bytes on.
+    __device__ __forceinline__ static int pair_at(int col) { return col / 8 * 16 + col % 8; }
+
+    // Columns col to col + 3 become v, already scaled.
+    __device__ __forceinline__ void store(int col, float4 v) const {
+        if constexpr (sizeof(T) == 4) {
+            *reinterpret_cast<float4*>(term(0) + col * 4) = v;
+        } else {
+            float2 low = make_float2(v.x, v.y);
+            float2 high = make_float2(v.z, v.w);
+#pragma unroll
+            for (int i = 0; i < N_TERMS<T>; i++) {
+                uint32_t* to = reinterpret_cast<uint32_t*>(term(i) + pair_at(col));
+                const uint32_t low_bits = nearest_pair<T>(low);
+                const uint32_t high_bits = nearest_pair<T>(high);
+                to[0] = low_bits;
+                to[2] = high_bits;
+                const float2 l = pair_of<T>(low_bits);
+                const float2 h = pair_of<T>(high_bits);
+                low = make_float2(low.x - l.x, low.y - l.y);
+                high = make_float2(high.x - h.x, high.y - h.y);
+            }
+        }
+    }
+
+    // What store was given.
+    __device__ __forceinline__ float4 at(int col) const {
+        if constexpr (sizeof(T) == 4) {
+            return four_of(reinterpret_cast<const float*>(term(0)) + col);
+        } else {
+            float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+            for (int i = N_TERMS<T> - 1; i >= 0; i--) {
+                const uint32_t* from = reinterpret_cast<const uint32_t*>(term(i) + pair_at(col));
+                const float2 low = pair_of<T>(from[0]);
+                const float2 high = pair_of<T>(from[2]);
+                v = make_float4(v.x + low.x, v.y + low.y, v.z + high.x, v.w + high.y);
+            }
+            return v;
+        }
+    }
+
+    // The product of one f32 row with this lane's columns among the warp's.
+    template <int N_WARPS>
+    __device__ __forceinline__ float lane_product(const char* row, int warp) const {
+        float sum = 0.0f;
+        for (int col = warp * CHUNK_COLS + lane_id() * 4; col < n_cols; col += N_WARPS * CHUNK_COLS) {
+            const float4 w = four_of(reinterpret_cast<const float*>(row) + col);
+            const float4 x = at(col);
+            sum = fmaf(w.w, x.w, fmaf(w.z, x.z, fmaf(w.y, x.y, fmaf(w.x, x.x, sum))));
+        }
+        return sum;
+    }
+
+    // row is this lane's: weight row lane / 4. The product of weight row 2 (lane % 4) + lane / 16 with the warp's columns.
+    template <int N_WARPS>
+    __device__ __forceinline__ float product(const char* row, int warp) const {
+        constexpr int HALF = LINE_BYTES / 2;
+        const int group = lane_id() / 4;
+        const int in_half = warp * CHUNK_BYTES + lane_id() % 4 * 16;
+        const bool has_term = group % 4 < N_TERMS<T>;
+        const char* w0 = row + in_half + (group & 1) * HALF;
+        const char* w1 = row + in_half + (~group & 1) * HALF;
+        const char* x = term(has_term ? group % 4 : 0) + in_half;
+        const char* x0 = x + group / 4 * HALF;
+        const char* x1 = x + (1 - group / 4) * HALF;
+        float sums[4][4] = {};
+        const auto load = [](const char* from) { return *reinterpret_cast<const uint4*>(from); };
+        const auto add_half = [&](int i, uint4 left, uint4 w) {
+            const uint32_t x[4] = {left.x, left.y, left.z, left.w};
+            multiply_matrices<T>(sums[i], x, w.x, w.y);
+            multiply_matrices<T>(sums[i + 1], x, w.z, w.w);
+        };
+        const int n_bytes = n_cols * 2;
+        int at = warp * CHUNK_BYTES;
+#pragma unroll 2
+        for (; at + CHUNK_BYTES <= n_bytes; at += N_WARPS * CHUNK_BYTES) {
+            uint4 w[4] = {load(w0), load(w1), load(w0 + LINE_BYTES), load(w1 + LINE_BYTES)};
+            add_half(0, load(x0), w[0]);
+            add_half(2, load(x1), w[1]);
+            add_half(0, load(x0 + LINE_BYTES), w[2]);
+            add_half(2, load(x1 + LINE_BYTES), w[3]);
+            w0 += N_WARPS * CHUNK_BYTES;
+            w1 += N_WARPS * CHUNK_BYTES;
+            x0 += N_WARPS * CHUNK_BYTES;
+            x1 += N_WARPS * CHUNK_BYTES;
+        }
+        if (at < n_bytes) {
+            // What lies past the row in its slot is anything, and NaN times zero is not zero.
+            const auto load_row = [&](const char* from) {
+                return from < row + n_bytes ? load(from) : make_uint4(0, 0, 0, 0);
+            };
+#pragma unroll 1
+            for (int line = 0; line < CHUNK_BYTES; line += LINE_BYTES) {
+                add_half(0, load(x0 + line), load_row(w0 + line));
+                add_half(2, load(x1 + line), load_row(w1 + line));
+            }
+        }
+        // Even weight rows are products with the first four groups, odd ones with the others.
+        const float even = (sums[0][0] + sums[1][2]) + (sums[2][0] + sums[3][2]);
+        const float odd = (sums[0][1] + sums[1][3]) + (sums[2][1] + sums[3][3]);
+        float sum = has_term ? group < 4 ? even : odd : 0.0f;
+        sum += __shfl_xor_sync(0xffffffffu, sum, 4);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 8);
+        return sum;
+    }
+};
