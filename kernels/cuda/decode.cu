@@ -926,6 +926,8 @@ struct Decoder : Layout<T> {
                 }
             }
         }
+        // Products go where the weights lie.
+        sync();
     }
 
     // kept += the rows of lanes that keep theirs.

@@ -285,9 +285,9 @@ impl Plan {
         })
     }
 
-    /// Slots that hold so many bytes: at least one, at most all.
+    /// Slots for so many bytes, at most all.
     fn rows_of(&self, n_bytes: usize) -> usize {
-        (n_bytes / self.slot_bytes).clamp(1, self.n_slots)
+        n_bytes.div_ceil(self.slot_bytes).min(self.n_slots)
     }
 }
 
