@@ -296,7 +296,9 @@ struct Loader {
             const uint32_t missing = ~__ballot_sync(0xffffffffu, row != NOT_KEPT);
             const int n = min(missing == 0 ? WARP : __ffs(missing) - 1, ring.n_at_once());
             if (n > 0) {
-                ring.push_some(n, [] { return true; }, [&](int) { return row_of(w.w_gate, begin + row, m.a.d); });
+                ring.push_some(n, [] { return true; }, [&](int i) {
+                    return row_of(w.w_gate, begin + __shfl_sync(0xffffffffu, row, i), m.a.d);
+                });
                 first += n;
             } else if (is_whole) {
                 break;

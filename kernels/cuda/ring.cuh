@@ -72,7 +72,8 @@ struct RingWriter {
 
     __device__ __forceinline__ int n_at_once() const { return min(WARP, room.n_slots); }
 
-    // The same for at most n_at_once() rows. On sm_90 and later each lane asks for a row of its own.
+    // The same for at most n_at_once() rows. On sm_90 and later each lane asks for a row of its own; all lanes call row
+    // together, there with an i of its own each, before with one i.
     template <typename Wanted, typename Row>
     __device__ __forceinline__ void push_some(int n, const Wanted& wanted, const Row& row) {
 #if __CUDA_ARCH__ >= 900
