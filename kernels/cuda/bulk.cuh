@@ -17,36 +17,29 @@ __device__ __forceinline__ void arrive_at(uint64_t* barrier) {
         : "memory");
 }
 
+// Waits for a moment where the device can, else asks.
+#if __CUDA_ARCH__ >= 900
+#define TRY_PARITY "mbarrier.try_wait.parity.shared::cta.b64"
+#else
+#define TRY_PARITY "mbarrier.test_wait.parity.shared::cta.b64"
+#endif
+
 // Returns once the barrier's phase of this parity is over; of a new barrier, the phase of parity 1 is.
 __device__ __forceinline__ void wait_at(uint64_t* barrier, uint32_t parity) {
-#if __CUDA_ARCH__ >= 900
     asm volatile(
         "{\n"
         ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "again:\n" TRY_PARITY
+        " done, [%0], %1;\n"
         "@done bra over;\n"
         "bra again;\n"
         "over:\n"
         "}" ::"r"(shared_address(barrier)),
         "r"(parity)
         : "memory");
-#else
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.test_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@done bra over;\n"
-        "bra again;\n"
-        "over:\n"
-        "}" ::"r"(shared_address(barrier)),
-        "r"(parity)
-        : "memory");
-#endif
 }
 
-// True if wait_at would not wait; may take a moment to say that it would.
+// True if wait_at would not wait.
 __device__ __forceinline__ bool is_over(uint64_t* barrier, uint32_t parity) {
     uint32_t over;
     asm volatile(
