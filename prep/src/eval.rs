@@ -29,7 +29,7 @@ use crate::predict::{
 use crate::{PrepError, Progress};
 
 /// Divergences that kinds are fitted for.
-const TARGETS: [f64; 6] = [0.0003, 0.001, 0.003, 0.01, 0.03, 0.05];
+const TARGETS: [f64; 8] = [0.0003, 0.0006, 0.001, 0.003, 0.005, 0.01, 0.03, 0.05];
 /// The one of them whose fit is corrected by what masked passes measure; the others follow from it.
 const FITTED_TARGET: f64 = 0.003;
 /// Alphas of the sign rule: from the paper's own to what a divergence of a few ten-thousandths takes.
