@@ -11,6 +11,7 @@ use super::low_rank::{Factors, LowRankSource, rank_of};
 use super::offsets::RowLines;
 use super::planes::{Inputs, LowPlanes};
 use super::{Histogram, Kind, LimitEffect, MlpBytes, Reference};
+use crate::calibrate::Windows;
 use crate::{PrepError, Progress};
 
 /// Most bytes of inputs that planes are fitted to.
@@ -42,29 +43,28 @@ pub(crate) struct LayerFit {
 }
 
 impl<'m> Fit<'m> {
-    /// Runs `windows` through `session`, and fits `kinds`, with factors from `source` where one is of low rank. The
-    /// first `n_prefix` tokens of a window do not count.
+    /// Runs `windows` through `session`, and fits `kinds`, with factors from `source` where one is of low rank.
     ///
     /// # Errors
     /// A failed pass, [`PrepError::NotFinite`], [`PrepError::Interrupted`].
     pub(crate) fn run(
         session: &mut Session<'m>,
-        windows: &[Vec<u32>],
-        n_prefix: usize,
+        windows: &Windows,
         kinds: &[Kind],
         source: &LowRankSource,
         n_threads: usize,
         progress: &Progress,
     ) -> Result<Self, PrepError> {
         let model = session.model();
+        let n_prefix = windows.n_prefix;
         let mut observer = Observer::new(model, n_prefix, kinds, n_threads);
-        observer.fit_planes(session, windows, kinds, progress)?;
+        observer.fit_planes(session, &windows.planes, kinds, progress)?;
         let of_low_rank: Vec<Kind> = kinds.iter().copied().filter(|kind| kind.has_factors()).collect();
         match source {
             _ if of_low_rank.is_empty() => {}
             LowRankSource::Fitted { rank } => {
                 let mut gates = Gates { n_prefix, layers: vec![Vec::new(); observer.layers.len()] };
-                for window in windows {
+                for window in &windows.fit {
                     session.reset();
                     session.forward_batch(window, false, None, Some(&mut gates))?;
                     progress.check()?;
@@ -91,7 +91,7 @@ impl<'m> Fit<'m> {
                 }
             }
         }
-        let reference = Reference::new(session, windows, Some(&mut observer), progress)?;
+        let reference = Reference::new(session, &windows.fit, Some(&mut observer), progress)?;
         let energy = |sums: &LayerSums| sums.histograms[0].1.energy();
         if let Some(layer) = observer.layers.iter().position(|sums| !energy(sums).is_finite()) {
             return Err(PrepError::NotFinite { layer: layer as u32 });
@@ -201,7 +201,7 @@ impl<'m> Observer<'m> {
         }
     }
 
-    /// Makes the planes of `kinds` from the inputs that each layer gets from as many of `windows` as fit into memory, one
+    /// Makes the planes of `kinds` for the inputs that each layer gets from as many of `windows` as fit into memory, one
     /// at least.
     fn fit_planes(
         &mut self,
