@@ -197,8 +197,10 @@ impl Windows {
     /// Cuts `tokens`; a text too short for a window of each use serves several.
     fn cut(tokens: &[u32], bos: Option<u32>, max_window: u32) -> Self {
         let n_prefix = usize::from(bos.is_some());
-        // At least five windows, and of each at least a token to predict from another.
-        let n_text = tokens.len().div_ceil(5).clamp(2 - n_prefix, max_window as usize - n_prefix);
+        // Fives of windows as long as each other, so that the last fifth is one and not what the longest windows leave over;
+        // in each at least a token to predict from another.
+        let n_windows = tokens.len().div_ceil(max_window as usize - n_prefix).next_multiple_of(5).max(5);
+        let n_text = tokens.len().div_ceil(n_windows).max(2 - n_prefix);
         let windows: Vec<Vec<u32>> = tokens
             .chunks(n_text)
             .map(|chunk| bos.into_iter().chain(chunk.iter().copied()).collect())
@@ -478,6 +480,14 @@ mod tests {
         assert_eq!(n, [8, 4, 4, 4]);
         assert!(windows.all().iter().all(|window| window.len() == 51 && window[0] == 7));
         assert_eq!(windows.all().len(), 20);
+        // Windows of the greatest length would leave 8 tokens for the last one.
+        let tokens: Vec<u32> = (0..4096).collect();
+        let windows = Windows::cut(&tokens, Some(7), 512);
+        assert_eq!(
+            [&windows.planes, &windows.fit, &windows.check, &windows.last].map(Vec::len),
+            [4, 2, 2, 2]
+        );
+        assert!(windows.all().iter().all(|window| (400..=411).contains(&window.len())));
         for n_tokens in [1, 2, 4, 11] {
             let windows = Windows::cut(&tokens[..n_tokens], Some(7), 51);
             for part in [&windows.planes, &windows.fit, &windows.check, &windows.last] {
