@@ -4,8 +4,9 @@
 //! not count. Every other window of the first four fifths gives the inputs that the planes of W_gate are made for. Of the
 //! windows between, every other one fits: the dense pass over it gives, for each layer and kind of predictor, the rows kept
 //! and the energy missed by every limit (`predict`); limits fitted to the windows that the planes were made for would be
-//! too tight for any other text. The rest check: masked passes over them find the budget, and their rows and energy are
-//! what the records state. The last fifth was seen by none, and gives the divergence that the file states.
+//! too tight for any other text. The rest check: masked passes over them find the budget, and their rows are what the
+//! records state. The last fifth was seen by none, and gives the divergence that the file states. The energy that the
+//! records state is what is missed on the rest or the last fifth, whichever is more, with room for other text.
 //!
 //! Sums run over tokens and neurons in order, on one thread, so that they do not depend on the number of threads; the
 //! forward pass before them is hundreds of times more work.
@@ -39,9 +40,6 @@ const BYTES_PER_TOKEN: usize = 8;
 /// one misses more than this many times its target.
 const MAX_CORRECTIONS: usize = 4;
 const FAR_FROM_TARGET: f64 = 2.0;
-/// Energy missed on text of other kinds, over that on the held half of the calibration text: from 1.1 to 1.35, mean over
-/// layers of both trained models and targets of 0.001 and 0.01. Targets of missed energy leave room for it.
-const OTHER_TEXT: f64 = 1.25;
 /// Most points of a stored curve.
 const N_CURVE_POINTS: usize = 65;
 
@@ -339,7 +337,7 @@ pub(crate) fn run(
                 // What a layer misses on the other half is more than on the half that chose, by about the same factor
                 // again; by more where the predictor itself was fitted to that half.
                 for (own, layer) in targets.iter_mut().zip(&checked.layers) {
-                    *own *= (target / OTHER_TEXT / layer.missed_energy).min(1.0);
+                    *own *= (target / on_other_text(layer.missed_energy)).min(1.0);
                 }
             }
         }
@@ -373,8 +371,8 @@ pub(crate) fn run(
     let curve = |(layer, fit): (&LayerSetting, &LayerFit)| {
         thin(layer.kind, &fit.curves[&layer.kind], layer.effect.limit, n_points)
     };
-    let records = setting.layers.iter().zip(&checked.layers);
-    let record = |(layer, checked): (&LayerSetting, &LayerQuality)| {
+    let records = setting.layers.iter().zip(checked.layers.iter().zip(&measured.layers));
+    let record = |(layer, (checked, last)): (&LayerSetting, (&LayerQuality, &LayerQuality))| {
         let (limit, threshold) = match layer.kind {
             Kind::Exact => (hidden_size, 0.0),
             Kind::Sign => (layer.effect.limit, 0.0),
@@ -387,7 +385,7 @@ pub(crate) fn run(
             rows_active: checked.rows_active as f32,
             rows_kept: checked.rows_kept as f32,
             recall: checked.recall as f32,
-            missed_energy: checked.missed_energy as f32,
+            missed_energy: on_other_text(checked.missed_energy.max(last.missed_energy)) as f32,
             n_tokens: check.n_tokens() as u32,
             threshold,
         }
@@ -411,6 +409,15 @@ pub(crate) fn run(
         n_tokens: bench.windows.n_tokens as u64,
         window: bench.windows.window,
     })
+}
+
+/// Share of energy that a layer misses on text of other kinds, where it misses `missed` on windows of the calibration text
+/// that its limit was not fitted to: the less is missed, the more of it is in rows that prose hardly activates. Set on
+/// the first 20 windows of a technical held-out text, through the layers of both trained models at targets of 0.001, 0.01
+/// and the default divergence: 1.26 times as much at 1 %, 1.40 at 0.1 %, 1.49 at 0.03 % (1.21, 1.38 and 1.47 with windows
+/// of other places of the calibration text), single layers from 0.9 to 2.5 times.
+fn on_other_text(missed: f64) -> f64 {
+    (0.91 * missed.powf(0.94)).max(missed)
 }
 
 /// At most `n_points` of the limits of `curve`, close together where few rows are kept, `chosen` among them.

@@ -497,7 +497,12 @@ mod tests {
                 curve.iter().position(|point| point.limit == record.threshold).expect("the chosen point");
             assert!(curve[at].missed_energy <= 0.02, "{curve:?}");
             // On the other half, which repeats the same sentence.
-            assert!(record.missed_energy <= 0.04 && record.recall > 0.4, "{record:?}");
+            assert!(record.missed_energy <= 0.03, "{record:?}");
+            // Energy is promised, not rows: 98 % of it is in half of the active rows of some layers (recall 0.475 at the
+            // least), and fewer of them are kept the better the scores tell large gates from small ones. What is kept
+            // is active, though.
+            assert!(record.recall > 0.4, "{record:?}");
+            assert!(record.recall * record.rows_active > 0.9 * record.rows_kept, "{record:?}");
             assert!(curve.is_sorted_by(|a, b| a.limit > b.limit && a.rows_kept <= b.rows_kept));
             let planes = model.layout().find(SectionKind::GatePlanes, Some(layer));
             let n_low = planes.map_or(0, |section| section.shape.dims()[0]);
