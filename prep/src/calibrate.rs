@@ -6,7 +6,8 @@
 //! and the energy missed by every limit (`predict`); limits fitted to the windows that the planes were made for would be
 //! too tight for any other text. The rest check: masked passes over them find the budget, and their rows are what the
 //! records state. The last fifth was seen by none, and gives the divergence that the file states. The energy that the
-//! records state is what is missed on the rest or the last fifth, whichever is more, with room for other text.
+//! records state is what the rest misses, or for a target of divergence the last fifth where that is more, with room for
+//! other text.
 //!
 //! Sums run over tokens and neurons in order, on one thread, so that they do not depend on the number of threads; the
 //! forward pass before them is hundreds of times more work.
@@ -328,7 +329,8 @@ pub(crate) fn run(
                 let setting = Setting::for_missed_energy(&fit, &kinds, &targets);
                 let masking = Masking::Setting(&fit, &setting);
                 let checked = measure(&mut bench.session, &check, &masking, progress)?;
-                let is_far = |layer: &LayerQuality| layer.missed_energy > FAR_FROM_TARGET * target;
+                let is_far =
+                    |layer: &LayerQuality| on_other_text(layer.missed_energy) > FAR_FROM_TARGET * target;
                 let is_near = n_corrections > 0 && !checked.layers.iter().any(is_far);
                 if is_near || n_corrections == MAX_CORRECTIONS {
                     break (setting, checked);
@@ -378,6 +380,11 @@ pub(crate) fn run(
             Kind::Sign => (layer.effect.limit, 0.0),
             _ => (hidden_size, layer.limit()),
         };
+        let missed = match options.target {
+            Target::Divergence(_) => checked.missed_energy.max(last.missed_energy),
+            // A token of the last fifth can hold most of a layer's energy; `--adaptive` is to hold the target even so.
+            Target::MissedEnergy(_) => checked.missed_energy,
+        };
         PredictorRecord {
             kind: layer.kind.record_kind(),
             limit,
@@ -385,7 +392,7 @@ pub(crate) fn run(
             rows_active: checked.rows_active as f32,
             rows_kept: checked.rows_kept as f32,
             recall: checked.recall as f32,
-            missed_energy: on_other_text(checked.missed_energy.max(last.missed_energy)) as f32,
+            missed_energy: on_other_text(missed) as f32,
             n_tokens: check.n_tokens() as u32,
             threshold,
         }
