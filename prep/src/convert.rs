@@ -497,7 +497,12 @@ mod tests {
                 curve.iter().position(|point| point.limit == record.threshold).expect("the chosen point");
             assert!(curve[at].missed_energy <= 0.02, "{curve:?}");
             // On the other half, which repeats the same sentence.
-            assert!(record.missed_energy <= 0.04 && record.recall > 0.5, "{record:?}");
+            assert!(record.missed_energy <= 0.03, "{record:?}");
+            // Energy is promised, not rows: 98 % of it is in half of the active rows of some layers (recall 0.475 at the
+            // least), and fewer of them are kept the better the scores tell large gates from small ones. What is kept
+            // is active, though.
+            assert!(record.recall > 0.4, "{record:?}");
+            assert!(record.recall * record.rows_active > 0.9 * record.rows_kept, "{record:?}");
             assert!(curve.is_sorted_by(|a, b| a.limit > b.limit && a.rows_kept <= b.rows_kept));
             let planes = model.layout().find(SectionKind::GatePlanes, Some(layer));
             let n_low = planes.map_or(0, |section| section.shape.dims()[0]);
@@ -515,6 +520,32 @@ mod tests {
         assert_eq!(names[..4], expected);
         assert_eq!(provenance.calibration.expect("there").name, "text.txt");
         assert_eq!(provenance.options[0], ("calibration-tokens".to_owned(), "700".to_owned()));
+    }
+
+    /// A target of missed energy holds for text of another kind than the built-in prose: a specification with its tables.
+    #[test]
+    fn missed_energy_is_near_its_target_on_other_text() {
+        let folder = tempfile::tempdir().expect("a scratch folder");
+        let out = folder.path().join("out.sinf");
+        let target = 0.01;
+        let calibration = CalibrationOptions {
+            target: Target::MissedEnergy(target),
+            ..CalibrationOptions::DEFAULT.clone()
+        };
+        let options = options(Some(Predictor::Calibrated(calibration)));
+        convert(&bundled(), &out, &options, &Progress::silent()).expect("converted");
+        let options = crate::EvalOptions {
+            text: Path::new(env!("CARGO_MANIFEST_DIR")).join("../format-spec/FORMAT.md"),
+            n_tokens: 4096,
+            contenders: vec![crate::Contender::Stored],
+            calibration_tokens: 640,
+            rank: None,
+            n_threads: 2,
+        };
+        let evaluation = crate::eval(&out, &options, &Progress::silent()).expect("measured");
+        let row = &evaluation.rows[0];
+        assert!(row.missed_energy <= 1.3 * target && row.missed_energy > 0.3 * target, "{row:?}");
+        assert!(row.quality.layers.iter().all(|layer| layer.missed_energy <= 2.0 * target), "{row:?}");
     }
 
     /// A target of 0 keeps nearly all rows of so narrow a model.

@@ -29,7 +29,7 @@ use crate::predict::{
 use crate::{PrepError, Progress};
 
 /// Divergences that kinds are fitted for.
-const TARGETS: [f64; 6] = [0.0003, 0.001, 0.003, 0.01, 0.03, 0.05];
+const TARGETS: [f64; 8] = [0.0003, 0.0006, 0.001, 0.003, 0.005, 0.01, 0.03, 0.05];
 /// The one of them whose fit is corrected by what masked passes measure; the others follow from it.
 const FITTED_TARGET: f64 = 0.003;
 /// Alphas of the sign rule: from the paper's own to what a divergence of a few ten-thousandths takes.
@@ -185,13 +185,12 @@ pub fn eval(path: &Path, options: &EvalOptions, progress: &Progress) -> Result<E
     let built_in = Text::load(None)?;
     let n_fit = options.calibration_tokens as usize;
     let mut fitting = Bench::new(&model, &tokenizer, &built_in, n_fit, options.n_threads)?;
-    let (fit_windows, check_windows) = (fitting.windows.fit.clone(), fitting.windows.check.clone());
-    let n_prefix = fitting.windows.n_prefix;
-    progress.begin("fitting", fit_windows.iter().map(|window| window.len() as u64).sum());
+    let fit_windows = fitting.windows.clone();
+    progress.begin("fitting", fit_windows.fit.iter().map(|window| window.len() as u64).sum());
     let session = &mut fitting.session;
     let source = LowRankSource::Fitted { rank: options.rank.map(|rank| rank as usize) };
-    let fit = Fit::run(session, &fit_windows, n_prefix, &kinds, &source, options.n_threads, progress)?;
-    let check = fitting.reference(&check_windows, progress)?;
+    let fit = Fit::run(session, &fit_windows, &kinds, &source, options.n_threads, progress)?;
+    let check = fitting.reference(&fit_windows.check, progress)?;
 
     progress.begin("evaluating", 0);
     let mut evaluator = Evaluator {

@@ -2,15 +2,20 @@
 
 use std::collections::HashMap;
 
+use half::f16;
 use kernels::{BitPlanes, Cpu};
 use runtime::{MlpBatch, MlpObserver, Model, Session};
 
 use super::histogram::{Activity, bin_of_score};
 use super::low_rank::{Factors, LowRankSource, rank_of};
 use super::offsets::RowLines;
-use super::planes::LowPlanes;
+use super::planes::{Inputs, LowPlanes};
 use super::{Histogram, Kind, LimitEffect, MlpBytes, Reference};
+use crate::calibrate::Windows;
 use crate::{PrepError, Progress};
+
+/// Most bytes of inputs that planes are fitted to.
+const MAX_INPUTS_BYTES: usize = 256 << 20;
 
 /// What the dense pass found.
 #[derive(Debug)]
@@ -38,28 +43,28 @@ pub(crate) struct LayerFit {
 }
 
 impl<'m> Fit<'m> {
-    /// Runs `windows` through `session`, and fits `kinds`, with factors from `source` where one is of low rank. The
-    /// first `n_prefix` tokens of a window do not count.
+    /// Runs `windows` through `session`, and fits `kinds`, with factors from `source` where one is of low rank.
     ///
     /// # Errors
     /// A failed pass, [`PrepError::NotFinite`], [`PrepError::Interrupted`].
     pub(crate) fn run(
         session: &mut Session<'m>,
-        windows: &[Vec<u32>],
-        n_prefix: usize,
+        windows: &Windows,
         kinds: &[Kind],
         source: &LowRankSource,
         n_threads: usize,
         progress: &Progress,
     ) -> Result<Self, PrepError> {
         let model = session.model();
+        let n_prefix = windows.n_prefix;
         let mut observer = Observer::new(model, n_prefix, kinds, n_threads);
+        observer.fit_planes(session, &windows.planes, kinds, progress)?;
         let of_low_rank: Vec<Kind> = kinds.iter().copied().filter(|kind| kind.has_factors()).collect();
         match source {
             _ if of_low_rank.is_empty() => {}
             LowRankSource::Fitted { rank } => {
                 let mut gates = Gates { n_prefix, layers: vec![Vec::new(); observer.layers.len()] };
-                for window in windows {
+                for window in &windows.fit {
                     session.reset();
                     session.forward_batch(window, false, None, Some(&mut gates))?;
                     progress.check()?;
@@ -86,7 +91,7 @@ impl<'m> Fit<'m> {
                 }
             }
         }
-        let reference = Reference::new(session, windows, Some(&mut observer), progress)?;
+        let reference = Reference::new(session, &windows.fit, Some(&mut observer), progress)?;
         let energy = |sums: &LayerSums| sums.histograms[0].1.energy();
         if let Some(layer) = observer.layers.iter().position(|sums| !energy(sums).is_finite()) {
             return Err(PrepError::NotFinite { layer: layer as u32 });
@@ -135,6 +140,20 @@ impl MlpObserver for Gates {
     }
 }
 
+/// Inputs of every layer's MLP, `(n_tokens, hidden_size)`.
+struct Seen {
+    n_prefix: usize,
+    layers: Vec<Vec<f16>>,
+}
+
+impl MlpObserver for Seen {
+    fn mlp(&mut self, batch: &MlpBatch<'_>) {
+        let n_cols = batch.x.len() / batch.n_tokens;
+        let x = batch.x[self.n_prefix * n_cols..].iter().map(|&x| f16::from_f32(x));
+        self.layers[batch.layer].extend(x);
+    }
+}
+
 /// Fills the sums while the pass runs.
 struct Observer<'m> {
     model: &'m Model,
@@ -164,11 +183,10 @@ impl<'m> Observer<'m> {
                 Kind::Sign => (kind, Histogram::new(model.config().hidden_size)),
                 _ => (kind, Histogram::of_scores()),
             };
-            let low = |&kind: &Kind| (kind, LowPlanes::of(&model.w_gate(layer), kind.n_planes()));
             LayerSums {
                 squared_norms: model.down_squared_norms(layer),
                 histograms: kinds.iter().map(histogram).collect(),
-                low: kinds.iter().filter(|kind| kind.n_planes() > 1).map(low).collect(),
+                low: HashMap::new(),
                 offsets: HashMap::new(),
                 factors: HashMap::new(),
             }
@@ -181,6 +199,44 @@ impl<'m> Observer<'m> {
             scores: Vec::new(),
             scales: Vec::new(),
         }
+    }
+
+    /// Makes the planes of `kinds` for the inputs that each layer gets from as many of `windows` as fit into memory, one
+    /// at least.
+    fn fit_planes(
+        &mut self,
+        session: &mut Session<'m>,
+        windows: &[Vec<u32>],
+        kinds: &[Kind],
+        progress: &Progress,
+    ) -> Result<(), PrepError> {
+        let of_planes = || kinds.iter().filter(|kind| kind.n_planes() > 1);
+        if of_planes().next().is_none() {
+            return Ok(());
+        }
+        let mut seen = Seen { n_prefix: self.n_prefix, layers: vec![Vec::new(); self.layers.len()] };
+        let n_of_token = self.layers.len() * self.model.config().hidden_size as usize;
+        let mut n_bytes = 0;
+        for (idx, window) in windows.iter().enumerate() {
+            n_bytes += size_of::<f16>() * n_of_token * window.len();
+            if idx > 0 && n_bytes > MAX_INPUTS_BYTES {
+                break;
+            }
+            session.reset();
+            session.forward_batch(window, false, None, Some(&mut seen))?;
+            progress.check()?;
+        }
+        for (layer, (sums, x)) in self.layers.iter_mut().zip(seen.layers).enumerate() {
+            let w_gate = self.model.w_gate(layer);
+            let x = x.into_iter().map(f16::to_f32).collect();
+            let inputs = Inputs::new(&self.cpu, x, w_gate.n_cols);
+            for &kind in of_planes() {
+                let planes = LowPlanes::of(&self.cpu, &w_gate, kind.n_planes(), inputs.as_ref());
+                sums.low.insert(kind, planes);
+                progress.check()?;
+            }
+        }
+        Ok(())
     }
 }
 
