@@ -88,7 +88,7 @@ pub enum Target {
 
 impl CalibrationOptions {
     /// What is taken where nothing is said: the largest round divergence that keeps the perplexity of both trained models
-    /// within 0.2 % of dense on text unlike the built-in one. Twice the tokens move the curve of bytes by less than 1 %.
+    /// within 0.2 % of dense on text unlike the built-in one.
     pub const DEFAULT: &Self = &Self {
         text: None,
         n_tokens: 4096,
