@@ -51,8 +51,8 @@ fn a_text_adds_every_predictor() {
     expect_success(&mut report(bundled_sinf(), &out, &arguments));
     let page = std::fs::read_to_string(&out).expect("UTF-8");
     assert_eq!(page.matches("role=\"img\" aria-label=").count(), 6);
-    // Dense, exact, stored; seven kinds for six budgets; seven alphas.
-    assert_eq!(table_rows(&page, "every predictor on your text"), 3 + 7 * 6 + 7);
+    // Dense, exact, stored; seven kinds for eight budgets; seven alphas.
+    assert_eq!(table_rows(&page, "every predictor on your text"), 3 + 7 * 8 + 7);
     assert!(!page.contains(text), "no paths of this machine");
 }
 
