@@ -63,8 +63,9 @@ impl<'m> Fit<'m> {
         match source {
             _ if of_low_rank.is_empty() => {}
             LowRankSource::Fitted { rank } => {
+                // As planes, for other windows than limits are fitted to: these would be too tight for any other text.
                 let mut gates = Gates { n_prefix, layers: vec![Vec::new(); observer.layers.len()] };
-                for window in &windows.fit {
+                for window in &windows.planes {
                     session.reset();
                     session.forward_batch(window, false, None, Some(&mut gates))?;
                     progress.check()?;
