@@ -704,8 +704,8 @@ struct Decoder : Layout<T> {
         const int at_once = WARP / lanes;
         const int round = DECODE_WARPS * at_once * KV_IN_FLIGHT;
         const int dim = lane_id() % lanes * KV_DIMS;
-        float* warp_sums = memory();                                         // (warps, head_dim)
-        float* warp_maxima = memory() + DECODE_WARPS * a.head_lanes * KV_DIMS;   // (warps, 2)
+        float* warp_sums = memory();                                             // (warps, head_dim)
+        float* warp_maxima = memory() + DECODE_WARPS * a.head_lanes * KV_DIMS;  // (warps, 2)
         bool waited = false;
 #pragma unroll 1
         for (int task = blockIdx.x; task < a.n_kv_heads * splits || !waited; task += gridDim.x) {

@@ -2,7 +2,7 @@
 // other warps of the block read every row together.
 //
 // Source     the producer and the consumers of CUTLASS's pipelines (sm90_pipeline.hpp)
-// Needs      init_rings by the whole block, then a barrier of it; slots on multiples of RING_ALIGN bytes
+// Needs      init_ring by the whole block, then a barrier of it; slots on multiples of RING_ALIGN bytes
 // Order      a slot is full when its row has arrived, empty when every reading warp has passed it
 
 #pragma once

@@ -206,17 +206,8 @@ fn norm(row: &[f32]) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::noise;
     use super::*;
-
-    /// Numbers without a pattern in -1..1.
-    fn noise(n: usize, seed: u32) -> Vec<f32> {
-        let mut state = seed;
-        let next = |_| {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
-        };
-        (0..n).map(next).collect()
-    }
 
     #[test]
     fn the_rank_takes_the_bytes_of_256_at_7b() {

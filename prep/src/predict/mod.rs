@@ -161,3 +161,14 @@ impl MlpBytes {
         (self.gate_share(kind, rank, rows_kept) + 2.0 * rows_active_kept) / 3.0
     }
 }
+
+/// Numbers without a pattern in -1..1.
+#[cfg(test)]
+fn noise(n: usize, seed: u32) -> Vec<f32> {
+    let mut state = seed;
+    let next = |_| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+    };
+    (0..n).map(next).collect()
+}

@@ -215,6 +215,7 @@ pub(super) fn copy_row(elements: &Elements<'_>, start: usize, out: &mut [f32]) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::noise;
     use super::*;
     use kernels::reference;
 
@@ -247,16 +248,6 @@ mod tests {
         let w = Matrix { data: Elements::F16(&[f16::ZERO; 40]), n_rows: 1, n_cols: 40 };
         let planes = LowPlanes::of(&Cpu::new(1), &w, 2, None);
         assert_eq!(planes.words, [u32::MAX, 0xFF], "1 = 2 - 1, and nothing past the last column");
-    }
-
-    /// Numbers without a pattern in -1..1.
-    fn noise(n: usize, seed: u32) -> Vec<f32> {
-        let mut state = seed;
-        let next = |_| {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
-        };
-        (0..n).map(next).collect()
     }
 
     /// Inputs with a mean, most of whose energy lies in a few directions, as that of a model's does.
