@@ -10,20 +10,21 @@
 //            before this launch
 // Needs      rows of 16-byte multiples, all matrices of one type, at most 128 layers; checked in cuda::launch
 // Grid       one block for each SM, launched cooperatively; a phase of the model ends at a barrier of the whole grid
-// Block      DECODE_WARPS warps that compute and one that loads; shared memory: the vector, small lists, and the ring
+// Block      DECODE_WARPS warps that compute, one that loads, and three that leave their registers to the first (sm_90a);
+//            shared memory: the vector, small lists, and the ring
 // Loads      Every row of weights comes through the ring, in the order of the model and across phases, so that while the
 //            block waits at a barrier or attends, the weights of the next dense phase arrive. The loading warp knows the
 //            order; kept rows of the MLP it brings as the predictor lists them, active rows once they are listed. Rows that
-//            nobody waits for yet come slowly, and those of the output and the predictor not before the grid has passed the
-//            phase before: the loads of a norm or of attention would queue behind them, and late blocks' rows too
+//            nobody waits for yet come slowly, as the loads of a norm or of attention would queue behind them. The first rows
+//            of a phase move on to registers before their vector is there, and leave the ring to more
 // Rows       of a block are neighbours. The down projection multiplies the same neurons' rows of w_down_t, so that h
 //            stays in the block, and leaves a part of the sum; after a barrier each block adds up the parts of its own
 //            columns
 // Bytes      weights, sign words or planes and cached positions that the token needs, each once; parts of the down
 //            projection through L2, 4 gridDim.x d bytes written and read
 // Order      the work of each block, warp and lane is fixed by the shapes, the position and h: repeatable bit for bit
-// Measured   H100 80GB, sm_90, f16, context 512, 7B shape: dense 4.80 ms a token, 2810 GB/s, 91 % of the read
-//            bandwidth; predicted (21 % of rows kept, 10 % active) 2.67 ms, 2310 GB/s, 74 %; records/
+// Measured   H100 80GB, sm_90a, f16, context 512, 7B shape: dense 4.70 ms a token, 2870 GB/s, 94 % of the read
+//            bandwidth; predicted (21 % of rows kept, 10 % active) 2.55 ms, 2420 GB/s, 79 %; records/
 // Tried      programmatic dependent launch of the five kernels: early blocks of the next kernel pack two to an SM and
 //            leave others empty (7B dense: 6.5 ms a token against 5.8 without). Asking L2 for rows ahead
 //            (cp.async.bulk.prefetch.L2): 2 to 40 % slower than plain loads. Shares in proportion to the speed of each SM
@@ -31,17 +32,21 @@
 //            fused multiply-adds and a ring for each warp: 1 us for each 4 KB of a warp, as long as memory takes. A ring
 //            off a line of 128 bytes: 10 % slower. All slots on their way at once: a load in attention's or a norm's way
 //            takes 6 us. Phases one after the other in code, instead of loops over them: 15 % slower, instructions miss
-//            their cache. Spilled registers: they leave L1 at each barrier of the grid, and cost 0.5 us a phase
+//            their cache. Spilled registers: they leave L1 at each barrier of the grid, and cost 0.5 us a phase. Sixteen
+//            warps that compute: dense 21 % slower. The vector's fragments in registers for a whole phase: products faster,
+//            norms and attention slower by as much. Signs of all rows counted before the first is listed: 1 us less for the
+//            predictor, 2 us more for its rows. The output's rows held back until the grid has its queries: 1 % slower.
+//            A line that all blocks ask for comes at 64 bytes a clock: chunks' maxima read by each warp, 3 us a layer
 
 #include "ring.cuh"
 #include "scores.cuh"
 #include "vector.cuh"
 
 constexpr int DECODE_WARPS = 8;
-// Threads that compute; a warp beside them loads.
+// Threads that compute; of four warps beside them one loads. Registers change hands by fours.
 constexpr int DECODE_THREADS = DECODE_WARPS * WARP;
-constexpr int DECODE_BLOCK = DECODE_THREADS + WARP;
-constexpr int KV_IN_FLIGHT = 8;
+constexpr int DECODE_BLOCK = DECODE_THREADS + 4 * WARP;
+constexpr int KV_IN_FLIGHT = 10;
 constexpr int KV_DIMS = 8;
 // Four columns for each thread at a time: vectors of at most 8192.
 constexpr int VEC_LOADS = 8;
@@ -158,6 +163,18 @@ enum Step {
     STEPS
 };
 
+// The kernel starts with 168 registers for each of its threads. The four warps that do not compute leave 112 of theirs,
+// and those that compute take 56 more. On sm_90a alone: elsewhere nothing has room to hold rows of weights.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr bool MOVES_REGISTERS = true;
+__device__ __forceinline__ void leave_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 56;"); }
+__device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 224;"); }
+#else
+constexpr bool MOVES_REGISTERS = false;
+__device__ __forceinline__ void leave_registers() {}
+__device__ __forceinline__ void take_registers() {}
+#endif
+
 // A barrier of the warps that compute.
 struct Computing {
     static constexpr int N_THREADS = DECODE_THREADS;
@@ -200,7 +217,7 @@ struct Layout {
         uint64_t has_kept;    // kept rows are all listed, once a layer that predicts
         uint64_t has_active;  // so are active rows, once a layer that lists them
         uint64_t has_phase;   // the rows of the next phase are waited for
-        uint64_t may_load;    // the grid has passed the phase before the output's, or before the predictor's
+        uint64_t may_load;    // the grid has passed the phase before the predictor's, and kept rows are cleared
     };
     __device__ __forceinline__ static Lists& lists() {
         __shared__ Lists all;
@@ -354,8 +371,9 @@ struct Loader {
 #pragma unroll 1
         while (true) {
             const DecodeLayer& w = a.layers[min(layer, a.n_layers - 1)];
-            if (load == LOAD_OUT || (load == LOAD_PLANES && w.rows == PREDICTED)) {
-                // Before, blocks that are late would wait behind these rows, and the memory has nothing to do after.
+            if (load == LOAD_PLANES && w.rows == PREDICTED) {
+                // Before, blocks that are late would wait behind these rows, and the memory has nothing to do after. The
+                // lists of kept rows are empty from there on.
                 wait_at(&m.lists().may_load, load_parity);
                 load_parity ^= 1;
             }
@@ -450,32 +468,46 @@ struct Decoder : Layout<T> {
         }
     }
 
-    // tile[(i - first) * DECODE_WARPS + warp] = the product of row i with the warp's columns of the vector, for the rows
-    // first..end of a phase, as the ring brings them.
-    __device__ __forceinline__ void ring_rows(int n_cols, int first, int end) {
-        const Vector<T> x = vec(n_cols);
-        float* sums = tile() + warp_id();
-#pragma unroll 1
-        for (; first < end; first += a.product_rows, sums += a.product_rows * DECODE_WARPS) {
-            const int n = min(a.product_rows, end - first);
-            // A lane waits for every row that it reads itself.
-            if constexpr (sizeof(T) == 4) {
-#pragma unroll 1
-                for (int i = 0; i < n; i++) {
-                    const float sum = warp_sum(x.template lane_product<DECODE_WARPS>(ring.arrived(i), warp_id()));
-                    if (lane_id() == 0) {
-                        sums[i * DECODE_WARPS] = sum;
-                    }
-                }
-            } else {
-                const char* row = ring.arrived(min(lane_id() / 4, n - 1));
-                const float sum = x.template product<DECODE_WARPS>(row, warp_id());
-                const int i = lane_id() % 4 * 2 + lane_id() / 16;
-                if (lane_id() % 16 < 4 && i < n) {
-                    sums[i * DECODE_WARPS] = sum * unscale;
-                }
-            }
+    using HeldRows = typename Vector<T>::HeldRows;
+
+    // Registers have room for the rows of a product.
+    __device__ __forceinline__ static bool holds(int n_cols) {
+        return MOVES_REGISTERS && sizeof(T) == 2 && n_cols <= HELD_CHUNKS * DECODE_WARPS * CHUNK_COLS;
+    }
+
+    // tile[i * DECODE_WARPS + warp] = sum, a lane's of a product of n rows, which begin at row first of the tile.
+    __device__ __forceinline__ void store_sums(float sum, int first, int n) const {
+        const int i = Vector<T>::product_row();
+        if (i < n) {
+            tile()[(first + i) * DECODE_WARPS + warp_id()] = sum * unscale;
+        }
+    }
+
+    // The next n rows from the ring into registers. Without any, registers hold whatever: were they left as they are, the
+    // compiler would keep them through the whole loop.
+    __device__ __forceinline__ void hold_rows(int n_cols, int n, HeldRows& rows) {
+        const char* row = reinterpret_cast<const char*>(memory());
+        if (n > 0) {
+            row = ring.arrived(min(lane_id() / 4, n - 1));
+        }
+        vec(n_cols).template hold_rows<DECODE_WARPS>(row, warp_id(), rows);
+        if (n > 0) {
             ring.pass(n);
+        }
+    }
+
+    // tile[i * DECODE_WARPS + warp] = the product of row i of the tile with the warp's columns of the vector, for rows first
+    // to n - 1, which the ring brings next.
+    __device__ __forceinline__ void multiply_rows(int n_cols, int first, int n) {
+        const Vector<T> x = vec(n_cols);
+#pragma unroll 1
+        while (first < n) {
+            const int n_rows = min(sizeof(T) == 2 ? a.product_rows : 1, n - first);
+            // A lane waits for every row that it reads itself.
+            const char* row = ring.arrived(sizeof(T) == 2 ? min(lane_id() / 4, n_rows - 1) : 0);
+            store_sums(x.template product<DECODE_WARPS>(row, warp_id()), first, n_rows);
+            ring.pass(n_rows);
+            first += n_rows;
         }
     }
 
@@ -507,13 +539,6 @@ struct Decoder : Layout<T> {
             }
         }
         sync();
-    }
-
-    // Asks L2 for a norm's weights, a line for each thread.
-    __device__ __forceinline__ void ask_norm(const float* norm) const {
-        for (int col = threadIdx.x * 32; col < a.d; col += DECODE_THREADS * 32) {
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(norm + col));
-        }
     }
 
     static __device__ __forceinline__ float4 add(float4 v, float4 w) {
@@ -570,20 +595,32 @@ struct Decoder : Layout<T> {
                          : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     }
 
+    // A norm's weights of a thread's columns, asked for here: the vector that they belong to comes later.
+    __device__ __forceinline__ void load_norm(const float* norm, float4 (&weight)[VEC_LOADS]) const {
+        const int first = first_column();
+#pragma unroll
+        for (int k = 0; k < VEC_LOADS; k++) {
+            const int col = first + k * LOAD_COLS;
+            weight[k] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            if (has_columns(k, a.d) && col < a.d) {
+                asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];"
+                             : "=f"(weight[k].x), "=f"(weight[k].y), "=f"(weight[k].z), "=f"(weight[k].w)
+                             : "l"(norm + col));
+            }
+        }
+    }
+
     // v = rmsnorm(x) for x = the embedding of token, or x_out; with signs, its signs to x_signs.
     __device__ __forceinline__ void normalise(
-        const float* norm, bool embed, uint32_t token, bool signs, float4 (&v)[VEC_LOADS]
+        const float4 (&weight)[VEC_LOADS], bool embed, uint32_t token, bool signs, float4 (&v)[VEC_LOADS]
     ) {
         const int first = first_column();
-        float4 weight[VEC_LOADS];
         float square = 0.0f;
 #pragma unroll
         for (int k = 0; k < VEC_LOADS; k++) {
             const int col = first + k * LOAD_COLS;
             v[k] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            weight[k] = v[k];
             if (has_columns(k, a.d) && col < a.d) {
-                weight[k] = __ldg(reinterpret_cast<const float4*>(norm + col));
                 v[k] = embed ? embedded(token, col) : __ldcg(reinterpret_cast<const float4*>(a.x_out + col));
             }
         }
@@ -661,9 +698,9 @@ struct Decoder : Layout<T> {
         uint4 values[KV_IN_FLIGHT][KV_LOADS];
     };
 
-    // Loads those of the positions from first on, in steps of a round of the block, that lie before end; zeros else.
+    // Loads those of the positions from first on, in steps of a round of the block, that lie in begin..end.
     __device__ __forceinline__ void load_positions(
-        const DecodeLayer& w, int kv_head, int first, int end, Positions& p
+        const DecodeLayer& w, int kv_head, int first, int begin, int end, Positions& p
     ) const {
         const int at_once = WARP / a.head_lanes;
         const int dim = lane_id() % a.head_lanes * KV_DIMS;
@@ -676,9 +713,7 @@ struct Decoder : Layout<T> {
         for (int j = 0; j < KV_IN_FLIGHT; j++) {
 #pragma unroll
             for (int i = 0; i < KV_LOADS; i++) {
-                p.keys[j][i] = make_uint4(0, 0, 0, 0);
-                p.values[j][i] = make_uint4(0, 0, 0, 0);
-                if (position < end) {
+                if (position >= begin && position < end) {
                     p.keys[j][i] = __ldcg(reinterpret_cast<const uint4*>(keys) + i);
                     p.values[j][i] = __ldcg(reinterpret_cast<const uint4*>(values) + i);
                 }
@@ -715,7 +750,7 @@ struct Decoder : Layout<T> {
             const int begin = works ? split * chunk : 0;
             const int end = works ? min(begin + chunk, n_positions) : 0;
             if (!works) {
-                wait(true);
+                wait();
                 mark(WAIT_QKV);
                 return;
             }
@@ -728,17 +763,22 @@ struct Decoder : Layout<T> {
                 float total = 0.0f;
 #pragma unroll 1
                 for (int first = begin; first < end; first += round) {
-                    Positions p;
-                    load_positions(w, kv_head, first, waited ? end : min(end, position), p);
-                    if (!waited) {
-                        wait(true);
+                    Positions p = {};
+                    int from = first;
+                    // Earlier positions before the wait, the token's own after it.
+#pragma unroll 1
+                    while (true) {
+                        load_positions(w, kv_head, first, from, waited ? end : min(end, position), p);
+                        if (waited) {
+                            break;
+                        }
+                        wait();
                         mark(WAIT_QKV);
                         waited = true;
-                        if (end > position && first + round > position) {
-                            // The token's own key and value have come meanwhile.
-                            first -= round;
-                            continue;
+                        if (end <= position || first + round <= position) {
+                            break;
                         }
+                        from = position;
                     }
                     if (!has_q && dim < a.head_dim) {
 #pragma unroll
@@ -861,33 +901,40 @@ struct Decoder : Layout<T> {
         }
     }
 
-    // What each chunk of a head counts in the whole, for each head, in the tile.
-    __device__ __forceinline__ void weigh_splits(int splits) const {
+    // What each chunk of a head counts in the whole, (n_heads, splits) in the tile; parts are the chunks' maxima and totals,
+    // of all threads. Ends past a barrier.
+    __device__ __forceinline__ void weigh_splits(int splits, const float2* parts) const {
+        sync();
 #pragma unroll 1
-        for (int head = threadIdx.x; head < a.n_heads; head += DECODE_THREADS) {
-            const float2* parts = reinterpret_cast<const float2*>(a.part_maxima) + head * a.n_splits_max;
-            float* weights = tile() + head * splits;
+        for (int i = threadIdx.x; i < a.n_heads * splits; i += DECODE_THREADS) {
+            const float2* of_head = parts + i / splits * splits;
             float most = -INFINITY;
-            float all = 0.0f;
-#pragma unroll 4
-            for (int s = 0; s < splits; s++) {
-                const float2 part = __ldcg(parts + s);
-                weights[s] = part.x;
-                const float larger = fmaxf(most, part.x);
-                all = fmaf(all, rescale(most, larger), part.y * rescale(part.x, larger));
-                most = larger;
-            }
 #pragma unroll 1
             for (int s = 0; s < splits; s++) {
-                weights[s] = rescale(weights[s], most) / all;
+                most = fmaxf(most, of_head[s].x);
             }
+            float all = 0.0f;
+#pragma unroll 1
+            for (int s = 0; s < splits; s++) {
+                all = fmaf(of_head[s].y, rescale(of_head[s].x, most), all);
+            }
+            tile()[i] = rescale(parts[i].x, most) / all;
         }
+        sync();
     }
 
     // v = the chunks of attention, merged.
     __device__ __forceinline__ void merge_attention(int position, float4 (&v)[VEC_LOADS]) const {
         const int splits = n_splits(position + 1);
         const int first = first_column();
+        // Behind the weights.
+        float2* parts = reinterpret_cast<float2*>(tile()) + (a.n_heads * splits + 1) / 2;
+#pragma unroll 1
+        for (int i = threadIdx.x; i < a.n_heads * splits; i += DECODE_THREADS) {
+            const int head = i / splits;
+            const int part = head * a.n_splits_max + i - head * splits;
+            parts[i] = __ldcg(reinterpret_cast<const float2*>(a.part_maxima) + part);
+        }
 #pragma unroll
         for (int k = 0; k < VEC_LOADS; k++) {
             v[k] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -912,8 +959,7 @@ struct Decoder : Layout<T> {
                     }
                 }
                 if (base == 0 && from == 0) {
-                    weigh_splits(splits);
-                    sync();
+                    weigh_splits(splits, parts);
                 }
 #pragma unroll
                 for (int c = 0; c < MERGE_COLS; c++) {
@@ -1121,30 +1167,38 @@ struct Decoder : Layout<T> {
     __device__ __forceinline__ void down(const DecodeLayer& w) {
         const int n = w.rows == ALL ? share(MLP).count : lists().n_active;
         const int first_col = first_column();
-        const int at_once = min(DOWN_ROWS, a.product_rows);
         float4 sums[VEC_LOADS];
 #pragma unroll
         for (int k = 0; k < VEC_LOADS; k++) {
             sums[k] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         }
 #pragma unroll 1
-        for (int first = 0; first < n; first += at_once) {
-            const int n_rows = min(at_once, n - first);
-            const T* row[DOWN_ROWS];
-            float h[DOWN_ROWS];
-#pragma unroll
-            for (int r = 0; r < DOWN_ROWS; r++) {
-                const int i = min(r, n_rows - 1);
-                row[r] = reinterpret_cast<const T*>(ring.arrived(i));
-                h[r] = h_rows()[w.rows == ALL ? first + i : active()[first + i]];
+        for (int first = 0; first < n; first += a.product_rows) {
+            const int n_rows = min(a.product_rows, n - first);
+            float h_of_lane = 0.0f;
+            if (lane_id() < n_rows) {
+                h_of_lane = h_rows()[w.rows == ALL ? first + lane_id() : active()[first + lane_id()]];
             }
+#pragma unroll 1
+            for (int r = 0; r < n_rows; r++) {
+                ring.arrived(r);
+            }
+#pragma unroll 1
+            for (int begin = 0; begin < n_rows; begin += DOWN_ROWS) {
+                const T* row[DOWN_ROWS];
+                float h[DOWN_ROWS];
 #pragma unroll
-            for (int k = 0; k < VEC_LOADS; k++) {
-                if (has_columns(k, a.d) && first_col + k * LOAD_COLS < a.d) {
+                for (int r = 0; r < DOWN_ROWS; r++) {
+                    // The last row stands in for those that are not there, with zeros.
+                    row[r] = reinterpret_cast<const T*>(ring.row(min(begin + r, n_rows - 1))) + first_col;
+                    h[r] = __shfl_sync(0xffffffffu, h_of_lane, begin + r);
+                }
 #pragma unroll
-                    for (int r = 0; r < DOWN_ROWS; r++) {
-                        const float4 v = four_of(row[r] + first_col + k * LOAD_COLS);
-                        if (r < n_rows) {
+                for (int k = 0; k < VEC_LOADS; k++) {
+                    if (has_columns(k, a.d) && first_col + k * LOAD_COLS < a.d) {
+#pragma unroll
+                        for (int r = 0; r < DOWN_ROWS; r++) {
+                            const float4 v = four_of(row[r] + k * LOAD_COLS);
                             sums[k].x = fmaf(h[r], v.x, sums[k].x);
                             sums[k].y = fmaf(h[r], v.y, sums[k].y);
                             sums[k].z = fmaf(h[r], v.z, sums[k].z);
@@ -1260,10 +1314,15 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
     }
     layout.make_shares();
     __syncthreads();
-    if (warp_id() == DECODE_WARPS) {
+    if (warp_id() >= DECODE_WARPS) {
+        leave_registers();
+        if (warp_id() > DECODE_WARPS) {
+            return;
+        }
         Loader<T>{layout, {layout.ring_room(), a.in_flight, a.in_flight_idle}}.token();
         return;
     }
+    take_registers();
 
     Decoder<T> m(layout);
     const uint32_t token = min(__ldcg(&a.state->token), static_cast<uint32_t>(a.vocab_size - 1));
@@ -1285,39 +1344,55 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
     while (true) {
         const DecodeLayer& w = a.layers[min(layer, a.n_layers - 1)];
         const int n_cols = phase == OUT ? a.q_cols : a.d;
+        const bool predicts = phase == MLP && w.rows == PREDICTED;
+        int n = phase == UP_ROWS ? lists.n_active : m.share(phase).count;
+        if (phase == QKV || (phase == MLP && w.rows == ALL)) {
+            n *= 2;
+        }
+        int n_held = 0;
         if (phase == OUT) {
             // Waits, when it has asked for the keys and values that are there already.
             m.attention(layer, position);
             m.arrive();
             m.mark(ATTEND);
-            m.wait();
-            m.mark(WAIT_ATTEND);
         }
         if (phase != UP_ROWS) {
+            // The first rows go into registers before the vector is there, so that the ring has room for more.
+            typename Decoder<T>::HeldRows rows;
+            n_held = m.holds(n_cols) && !predicts ? min(a.product_rows, n) : 0;
+            m.hold_rows(n_cols, n_held, rows);
+            float4 weight[VEC_LOADS];
+            m.load_norm(phase == HEAD ? a.final_norm : phase == MLP ? w.mlp_norm : w.attn_norm, weight);
+            if (m.barriers > 0) {
+                m.wait(predicts);
+                m.mark(phase == OUT ? WAIT_ATTEND : phase == MLP ? WAIT_OUT : WAIT_X);
+            }
             float4 v[VEC_LOADS];
             if (phase == OUT) {
                 m.merge_attention(position, v);
             } else {
-                const float* norm = phase == QKV ? w.attn_norm : phase == MLP ? w.mlp_norm : a.final_norm;
-                m.normalise(norm, layer == 0 && phase == QKV, token, phase == MLP && w.rows == PREDICTED, v);
+                m.normalise(weight, layer == 0 && phase == QKV, token, predicts, v);
             }
             m.store_vec(n_cols, v);
+            if constexpr (sizeof(T) == 2) {
+                if (n_held > 0) {
+                    m.store_sums(m.vec(n_cols).template held_product<DECODE_WARPS>(rows, warp_id()), 0, n_held);
+                }
+            }
             m.mark(phase == QKV ? NORM_QKV : phase == OUT ? MERGE : phase == MLP ? NORM_MLP : NORM_HEAD);
+            if (threadIdx.x == 0) {
+                arrive_at(&lists.has_phase);
+            }
         }
-        if (threadIdx.x == 0 && phase != UP_ROWS) {
-            arrive_at(&lists.has_phase);
-        }
-        int n = phase == UP_ROWS ? lists.n_active : m.share(phase).count;
-        if (phase == QKV || (phase == MLP && w.rows == ALL)) {
-            n *= 2;
-        } else if (phase == MLP && w.rows == PREDICTED) {
+        if (predicts) {
             m.list_kept(w);
             n = lists.n_kept;
         }
 #pragma unroll 1
         for (int first = 0; first < n; first += a.tile_rows) {
             const int end = min(first + a.tile_rows, n);
-            m.ring_rows(n_cols, first, end);
+            m.multiply_rows(n_cols, n_held, end - first);
+            n_held = 0;
             Computing::sync();
             if (phase == QKV) {
                 m.store_qkv(w, position, first, end);
@@ -1356,9 +1431,6 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
             m.mark(ROWS_OUT);
             m.clear_lists(w);
             m.arrive();
-            m.ask_norm(w.mlp_norm);
-            m.wait(w.rows == PREDICTED);
-            m.mark(WAIT_OUT);
             phase = MLP;
             continue;
         }
@@ -1374,14 +1446,11 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
         m.count_rows(layer);
         m.mark(DOWN);
         layer++;
-        m.ask_norm(layer < a.n_layers ? a.layers[layer].attn_norm : a.final_norm);
         m.wait();
         m.mark(WAIT_DOWN);
         m.add_parts();
         m.arrive();
         m.mark(ADD_DOWN);
-        m.wait();
-        m.mark(WAIT_X);
         phase = layer < a.n_layers ? QKV : HEAD;
     }
     if (a.greedy) {

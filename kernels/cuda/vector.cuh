@@ -24,6 +24,10 @@ constexpr int CHUNK_COLS = 128;
 // Bytes of a chunk of 16-bit weights, in two lines.
 constexpr int CHUNK_BYTES = 2 * CHUNK_COLS;
 constexpr int LINE_BYTES = CHUNK_BYTES / 2;
+// Loads of a lane for a chunk of eight rows.
+constexpr int CHUNK_LOADS = 4;
+// Chunks of a warp that registers have room for beside a norm: of rows of 5120 columns, for eight warps.
+constexpr int HELD_CHUNKS = 5;
 
 __host__ __device__ constexpr int n_vector_chunks(int n_cols) { return (n_cols + CHUNK_COLS - 1) / CHUNK_COLS; }
 
@@ -130,66 +134,143 @@ struct Vector {
         }
     }
 
-    // The product of one f32 row with this lane's columns among the warp's.
-    template <int N_WARPS>
-    __device__ __forceinline__ float lane_product(const char* row, int warp) const {
-        float sum = 0.0f;
-        for (int col = warp * CHUNK_COLS + lane_id() * 4; col < n_cols; col += N_WARPS * CHUNK_COLS) {
-            const float4 w = four_of(reinterpret_cast<const float*>(row) + col);
-            const float4 x = at(col);
-            sum = fmaf(w.w, x.w, fmaf(w.z, x.z, fmaf(w.y, x.y, fmaf(w.x, x.x, sum))));
-        }
-        return sum;
-    }
-
-    // row is this lane's: weight row lane / 4. The product of weight row 2 (lane % 4) + lane / 16 with the warp's columns.
-    template <int N_WARPS>
-    __device__ __forceinline__ float product(const char* row, int warp) const {
+    // Where this lane's 16 bytes lie in the warp's first chunk of the vector's terms and, of weight row lane / 4, of the row:
+    // the two halves of a line.
+    struct Places {
+        const char* x0;
+        const char* x1;
+        int w0;
+        int w1;
+    };
+    __device__ __forceinline__ Places places(int warp) const {
         constexpr int HALF = LINE_BYTES / 2;
         const int group = lane_id() / 4;
         const int in_half = warp * CHUNK_BYTES + lane_id() % 4 * 16;
-        const bool has_term = group % 4 < N_TERMS<T>;
-        const char* w0 = row + in_half + (group & 1) * HALF;
-        const char* w1 = row + in_half + (~group & 1) * HALF;
-        const char* x = term(has_term ? group % 4 : 0) + in_half;
-        const char* x0 = x + group / 4 * HALF;
-        const char* x1 = x + (1 - group / 4) * HALF;
-        float sums[4][4] = {};
-        const auto load = [](const char* from) { return *reinterpret_cast<const uint4*>(from); };
-        const auto add_half = [&](int i, uint4 left, uint4 w) {
-            const uint32_t x[4] = {left.x, left.y, left.z, left.w};
-            multiply_matrices<T>(sums[i], x, w.x, w.y);
-            multiply_matrices<T>(sums[i + 1], x, w.z, w.w);
+        const char* x = term(has_term() ? group % 4 : 0) + in_half;
+        return {
+            x + group / 4 * HALF, x + (1 - group / 4) * HALF, in_half + (group & 1) * HALF, in_half + (~group & 1) * HALF
         };
-        const int n_bytes = n_cols * 2;
-        int at = warp * CHUNK_BYTES;
-#pragma unroll 2
-        for (; at + CHUNK_BYTES <= n_bytes; at += N_WARPS * CHUNK_BYTES) {
-            uint4 w[4] = {load(w0), load(w1), load(w0 + LINE_BYTES), load(w1 + LINE_BYTES)};
-            add_half(0, load(x0), w[0]);
-            add_half(2, load(x1), w[1]);
-            add_half(0, load(x0 + LINE_BYTES), w[2]);
-            add_half(2, load(x1 + LINE_BYTES), w[3]);
-            w0 += N_WARPS * CHUNK_BYTES;
-            w1 += N_WARPS * CHUNK_BYTES;
-            x0 += N_WARPS * CHUNK_BYTES;
-            x1 += N_WARPS * CHUNK_BYTES;
+    }
+    __device__ __forceinline__ static bool has_term() { return lane_id() / 4 % 4 < N_TERMS<T>; }
+
+    __device__ __forceinline__ static uint4 load(const char* from) { return *reinterpret_cast<const uint4*>(from); }
+
+    // A chunk of terms.
+    __device__ __forceinline__ static void load_terms(const char* x0, const char* x1, uint4 (&x)[CHUNK_LOADS]) {
+        x[0] = load(x0);
+        x[1] = load(x1);
+        x[2] = load(x0 + LINE_BYTES);
+        x[3] = load(x1 + LINE_BYTES);
+    }
+
+    // A chunk of a row, which may end within it: what lies past the row in its slot is anything, and NaN times zero is not
+    // zero.
+    __device__ __forceinline__ void load_weights(const char* row, int w0, int w1, uint4 (&w)[CHUNK_LOADS]) const {
+        const auto load_row = [&](int at) { return at < n_cols * 2 ? load(row + at) : make_uint4(0, 0, 0, 0); };
+        w[0] = load_row(w0);
+        w[1] = load_row(w1);
+        w[2] = load_row(w0 + LINE_BYTES);
+        w[3] = load_row(w1 + LINE_BYTES);
+    }
+
+    // sums += products of a chunk of weights with the same chunk of terms.
+    __device__ __forceinline__ static void add_chunk(
+        float (&sums)[4][4], const uint4 (&x)[CHUNK_LOADS], const uint4 (&w)[CHUNK_LOADS]
+    ) {
+#pragma unroll
+        for (int i = 0; i < CHUNK_LOADS; i++) {
+            const uint32_t left[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
+            multiply_matrices<T>(sums[i % 2 * 2], left, w[i].x, w[i].y);
+            multiply_matrices<T>(sums[i % 2 * 2 + 1], left, w[i].z, w[i].w);
         }
-        if (at < n_bytes) {
-            // What lies past the row in its slot is anything, and NaN times zero is not zero.
-            const auto load_row = [&](const char* from) {
-                return from < row + n_bytes ? load(from) : make_uint4(0, 0, 0, 0);
-            };
-#pragma unroll 1
-            for (int line = 0; line < CHUNK_BYTES; line += LINE_BYTES) {
-                add_half(0, load(x0 + line), load_row(w0 + line));
-                add_half(2, load(x1 + line), load_row(w1 + line));
+    }
+
+    // Which of the rows of a product a lane's sum is of; PRODUCT_ROWS for those of none.
+    __device__ __forceinline__ static int product_row() {
+        if constexpr (sizeof(T) == 2) {
+            return lane_id() % 16 < 4 ? lane_id() % 4 * 2 + lane_id() / 16 : PRODUCT_ROWS;
+        } else {
+            return lane_id() == 0 ? 0 : PRODUCT_ROWS;
+        }
+    }
+
+    // The product of weight row product_row() with the warp's columns. row is this lane's: weight row lane / 4; of f32 there
+    // is one row alone.
+    template <int N_WARPS>
+    __device__ __forceinline__ float product(const char* row, int warp) const {
+        if constexpr (sizeof(T) == 4) {
+            float sum = 0.0f;
+            for (int col = warp * CHUNK_COLS + lane_id() * 4; col < n_cols; col += N_WARPS * CHUNK_COLS) {
+                const float4 w = four_of(reinterpret_cast<const float*>(row) + col);
+                const float4 x = at(col);
+                sum = fmaf(w.w, x.w, fmaf(w.z, x.z, fmaf(w.y, x.y, fmaf(w.x, x.x, sum))));
+            }
+            return warp_sum(sum);
+        } else {
+            Places at = places(warp);
+            float sums[4][4] = {};
+            int begin = warp * CHUNK_COLS;
+#pragma unroll 2
+            for (; begin + CHUNK_COLS <= n_cols; begin += N_WARPS * CHUNK_COLS) {
+                uint4 x[CHUNK_LOADS];
+                load_terms(at.x0, at.x1, x);
+                const uint4 w[CHUNK_LOADS] = {
+                    load(row + at.w0), load(row + at.w1), load(row + at.w0 + LINE_BYTES), load(row + at.w1 + LINE_BYTES)
+                };
+                add_chunk(sums, x, w);
+                at.x0 += N_WARPS * CHUNK_BYTES;
+                at.x1 += N_WARPS * CHUNK_BYTES;
+                row += N_WARPS * CHUNK_BYTES;
+            }
+            if (begin < n_cols) {
+                uint4 x[CHUNK_LOADS];
+                uint4 w[CHUNK_LOADS];
+                load_terms(at.x0, at.x1, x);
+                const int in_row = warp * CHUNK_COLS * 2 - begin * 2;
+                load_weights(row + in_row, at.w0 - in_row, at.w1 - in_row, w);
+                add_chunk(sums, x, w);
+            }
+            return row_sum(sums);
+        }
+    }
+
+    // The warp's columns of weight row lane / 4: at most HELD_CHUNKS chunks.
+    struct HeldRows {
+        uint4 chunks[HELD_CHUNKS][CHUNK_LOADS];
+    };
+    template <int N_WARPS>
+    __device__ __forceinline__ bool has_chunk(int c, int warp) const {
+        return (warp + c * N_WARPS) * CHUNK_COLS < n_cols;
+    }
+    template <int N_WARPS>
+    __device__ __forceinline__ void hold_rows(const char* row, int warp, HeldRows& w) const {
+        const Places at = places(warp);
+#pragma unroll
+        for (int c = 0; c < HELD_CHUNKS; c++) {
+            load_weights(row, at.w0 + c * N_WARPS * CHUNK_BYTES, at.w1 + c * N_WARPS * CHUNK_BYTES, w.chunks[c]);
+        }
+    }
+    // product, of rows that are held.
+    template <int N_WARPS>
+    __device__ __forceinline__ float held_product(const HeldRows& w, int warp) const {
+        const Places at = places(warp);
+        float sums[4][4] = {};
+#pragma unroll
+        for (int c = 0; c < HELD_CHUNKS; c++) {
+            if (has_chunk<N_WARPS>(c, warp)) {
+                uint4 x[CHUNK_LOADS];
+                load_terms(at.x0 + c * N_WARPS * CHUNK_BYTES, at.x1 + c * N_WARPS * CHUNK_BYTES, x);
+                add_chunk(sums, x, w.chunks[c]);
             }
         }
+        return row_sum(sums);
+    }
+
+    __device__ __forceinline__ static float row_sum(const float (&sums)[4][4]) {
         // Even weight rows are products with the first four groups, odd ones with the others.
         const float even = (sums[0][0] + sums[1][2]) + (sums[2][0] + sums[3][2]);
         const float odd = (sums[0][1] + sums[1][3]) + (sums[2][1] + sums[3][3]);
-        float sum = has_term ? group < 4 ? even : odd : 0.0f;
+        float sum = has_term() ? lane_id() < WARP / 2 ? even : odd : 0.0f;
         sum += __shfl_xor_sync(0xffffffffu, sum, 4);
         sum += __shfl_xor_sync(0xffffffffu, sum, 8);
         return sum;

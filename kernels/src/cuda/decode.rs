@@ -7,8 +7,9 @@ use super::{Buffer, CudaError, Device, DeviceMatrix, DeviceRows, View};
 use crate::shape::check;
 use crate::{Activation, AttentionShape};
 
-/// Warps that compute; one beside them loads.
+/// Warps that compute, and all: of the others one loads.
 const WARPS: usize = 8;
+const BLOCK_WARPS: usize = WARPS + 4;
 const WARP: usize = 32;
 /// Widest vector: `VEC_LOADS` times four columns for each thread.
 const D_MAX: usize = 8 * 4 * WARPS * WARP;
@@ -254,9 +255,9 @@ impl Plan {
         let vec_bytes = vector_bytes(widest, element_bytes).max(attention_bytes).next_multiple_of(16);
         let n_pairs = (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim / 2;
         let n_splits_max = (n_blocks / shape.n_kv_heads).clamp(1, SPLITS_MAX);
-        // The weights of attention's chunks lie there as well.
+        // The weights of attention's chunks lie there as well, before a maximum and a total for each.
         let tile_rows = (2 * n_pairs.max(f).div_ceil(n_blocks).clamp(WARP / 2, TILE_ROWS_MAX / 2))
-            .max((shape.n_heads * n_splits_max).div_ceil(WARPS).next_multiple_of(2));
+            .max((3 * shape.n_heads * n_splits_max + 1).div_ceil(WARPS).next_multiple_of(2));
         let own_cols = d.div_ceil(n_blocks).next_multiple_of(4);
         let list_rows = f.div_ceil(n_blocks).next_multiple_of(4);
         let row_bytes = d.div_ceil(WARP) * 4;
@@ -441,7 +442,7 @@ impl Device {
         };
         let kernel = format!("decode_{}", dtype.suffix());
         // SAFETY: every length was checked above; the scratch was made for these widths.
-        unsafe { self.launch_together(&kernel, plan.n_blocks, (WARPS + 1) * WARP, plan.shared_bytes, &args) }
+        unsafe { self.launch_together(&kernel, plan.n_blocks, BLOCK_WARPS * WARP, plan.shared_bytes, &args) }
     }
 }
 
