@@ -167,18 +167,25 @@ fn audits_of_decoded_tokens_are_those_of_batches() {
         }
     }
     // The same rows of the same tokens. A batch and a token round differently, which tips a row at its threshold now and
-    // then: far less than the draw leaves open.
+    // then, and one row may hold a fifth of what a layer misses: how often depends on the processor. So most figures have
+    // to agree closely, and each within what the draw leaves open.
     let (batches, decoded) = (batches.audit().expect("audits"), decoded.audit().expect("audits"));
     assert_eq!((batches.n_tokens, batches.n_audited), (decoded.n_tokens, decoded.n_audited));
-    for (a, b) in batches.layers.iter().zip(&decoded.layers) {
-        for (a, b) in [(a.missed_energy, b.missed_energy), (a.recall, b.recall)] {
-            let slack = 0.25 * (a.high - a.low) + 0.02 * a.value;
-            for (a, b) in [(a.value, b.value), (a.low, b.low), (a.high, b.high)] {
-                assert!((a - b).abs() < slack, "{a} and {b}, more than {slack} apart");
-            }
-        }
-    }
-    assert!((batches.missed_energy.value / decoded.missed_energy.value - 1.0).abs() < 0.02);
+    let gap = |a: Estimate, b: Estimate| {
+        let ends = [(a.value, b.value), (a.low, b.low), (a.high, b.high)];
+        ends.into_iter().map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
+            / (a.high - a.low).max(f64::MIN_POSITIVE)
+    };
+    let mut gaps: Vec<f64> = batches
+        .layers
+        .iter()
+        .zip(&decoded.layers)
+        .flat_map(|(a, b)| [gap(a.missed_energy, b.missed_energy), gap(a.recall, b.recall)])
+        .collect();
+    gaps.sort_by(f64::total_cmp);
+    assert!(gaps[gaps.len() / 2] < 0.05 && gaps[gaps.len() - 1] < 0.5, "shares of the intervals: {gaps:?}");
+    let (a, b) = (batches.missed_energy, decoded.missed_energy);
+    assert!((a.value - b.value).abs() < 0.1 * (a.high - a.low), "{a:?} and {b:?}");
     let worst = batches.worst_layer.missed_energy.value;
     assert!(batches.layers.iter().all(|layer| layer.missed_energy.value <= worst));
 }
