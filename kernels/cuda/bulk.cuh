@@ -66,13 +66,22 @@ __device__ __forceinline__ void expect_bytes(uint64_t* barrier, uint32_t n_bytes
                  : "memory");
 }
 
-// n_bytes, a multiple of 16, to shared memory; one thread asks. They arrive at barrier, which has to expect them.
+// n_bytes, a multiple of 16, to shared memory; one thread asks. They arrive at barrier, which has to expect them. What is
+// read once leaves L2 before what is read again.
 __device__ __forceinline__ void copy_bulk(void* to, const void* from, uint32_t n_bytes, uint64_t* barrier) {
     asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-            shared_address(to)),
+        "{\n"
+        ".reg .b64 once;\n"
+        "createpolicy.fractional.L2::evict_first.b64 once, 1.0;\n"
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], once;\n"
+        "}" ::"r"(shared_address(to)),
         "l"(from), "r"(n_bytes), "r"(shared_address(barrier))
         : "memory");
+}
+
+// Asks L2 for n_bytes, a multiple of 16.
+__device__ __forceinline__ void ask_l2(const void* from, uint32_t n_bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(n_bytes) : "memory");
 }
 
 #endif

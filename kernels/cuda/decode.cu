@@ -54,10 +54,12 @@ constexpr int VEC_LOADS = 8;
 constexpr int UNIT_ROWS = 16;
 // Rows of sign words that a warp counts side by side.
 constexpr int SIGN_ROWS = 4;
-// In the list of kept rows, where none is yet.
-constexpr int NOT_KEPT = -1;
+// In the lists that the loading warp follows, where no row is yet.
+constexpr int NOT_LISTED = -1;
 // Rows of the down projection at a time.
 constexpr int DOWN_ROWS = 4;
+// Clocks between rows that L2 is asked for: a row of 8 KB of every block is half of what memory gives.
+constexpr uint32_t AHEAD_CLOCKS = 1200;
 // Parts of the down projection that a thread has in flight: those of 136 blocks in one round.
 constexpr int ADD_PARTS = 17;
 constexpr int MERGE_COLS = 4;
@@ -119,6 +121,7 @@ struct DecodeArgs {
     int32_t n_slots;
     int32_t in_flight;       // rows on their way at once
     int32_t in_flight_idle;  // the same while their phase has not begun
+    int32_t ahead_rows;    // rows of the next layer that L2 is asked for
     int32_t product_rows;  // rows of a product: what half of the ring holds, at most PRODUCT_ROWS
     int32_t vec_floats;    // room for the vector, and for what attention passes between warps
     int32_t tile_rows;     // rows whose partial sums there is room for, an even number
@@ -198,9 +201,9 @@ struct Layout {
     __device__ __forceinline__ float* h_rows() const { return own_x() + a.own_cols; }
     __device__ __forceinline__ int* kept() const { return reinterpret_cast<int*>(h_rows() + a.list_rows); }
     __device__ __forceinline__ int* active() const { return kept() + a.list_rows; }
-    __device__ __forceinline__ uint32_t* x_signs() const {
-        return reinterpret_cast<uint32_t*>(active() + a.list_rows);
-    }
+    // The active rows as they were found, which the loading warp follows.
+    __device__ __forceinline__ int* found() const { return active() + a.list_rows; }
+    __device__ __forceinline__ uint32_t* x_signs() const { return reinterpret_cast<uint32_t*>(found() + a.list_rows); }
     // The planes of the vector in 8 bits, where rows are predicted by their score.
     __device__ __forceinline__ uint32_t* x_planes() const { return x_signs(); }
     __device__ __forceinline__ RingRoom ring_room() const {
@@ -300,21 +303,49 @@ struct Loader {
         return {static_cast<const T*>(matrix) + static_cast<int64_t>(row) * n_cols, n_cols * static_cast<int>(sizeof(T))};
     }
 
-    // Kept rows of the gate, as soon as each is in the list.
-    __device__ __forceinline__ void bring_kept(const DecodeLayer& w) {
-        const int begin = m.share(MLP).begin;
+    // Returns once the grid has passed the phase before the predictor's. Memory has nothing to do until then, as the rows of
+    // that phase have come and none after it may be in the others' way; L2 is asked for the first rows of the next layer that
+    // the block has no room for, one after the other, as more of them at once were in the way as well.
+    __device__ __forceinline__ void wait_to_load(int layer) {
+#if __CUDA_ARCH__ >= 900
+        const DecodeLayer& next = m.a.layers[min(layer + 1, m.a.n_layers - 1)];
+        const int first = m.a.n_slots + m.a.product_rows;
+        const int n_rows = layer + 1 < m.a.n_layers ? min(m.a.ahead_rows, 2 * m.share(QKV).count - first) : 0;
+        int n = 0;
+        uint32_t asked = clock();
+#pragma unroll 1
+        while (!is_over(&m.lists().may_load, load_parity)) {
+            const uint32_t now = clock();
+            if (n < n_rows && now - asked >= AHEAD_CLOCKS) {
+                if (lane_id() == 0) {
+                    ask_l2(m.qkv_row(next, first + n), m.a.d * static_cast<int>(sizeof(T)));
+                }
+                asked = now;
+                n++;
+            }
+            __syncwarp();
+        }
+#else
+        wait_at(&m.lists().may_load, load_parity);
+#endif
+        load_parity ^= 1;
+    }
+
+    // Rows of a list, as soon as each is there; whole flips once the list is.
+    __device__ __forceinline__ void bring_listed(const void* matrix, int* list, uint64_t* whole, uint32_t& parity) {
+        const auto share = m.share(MLP);
         int first = 0;
 #pragma unroll 1
         while (true) {
-            const bool is_whole = is_over(&m.lists().has_kept, kept_parity);
+            const bool is_whole = is_over(whole, parity);
             // An atomic operation that changes nothing: a load that knows of the others' stores.
             const int i = first + lane_id();
-            const int row = i < m.share(MLP).count ? atomicMax(m.kept() + i, NOT_KEPT) : NOT_KEPT;
-            const uint32_t missing = ~__ballot_sync(0xffffffffu, row != NOT_KEPT);
+            const int row = i < share.count ? atomicMax(list + i, NOT_LISTED) : NOT_LISTED;
+            const uint32_t missing = ~__ballot_sync(0xffffffffu, row != NOT_LISTED);
             const int n = min(missing == 0 ? WARP : __ffs(missing) - 1, ring.n_at_once());
             if (n > 0) {
                 ring.push_some(n, [] { return true; }, [&](int i) {
-                    return row_of(w.w_gate, begin + __shfl_sync(0xffffffffu, row, i), m.a.d);
+                    return row_of(matrix, share.begin + __shfl_sync(0xffffffffu, row, i), m.a.d);
                 });
                 first += n;
             } else if (is_whole) {
@@ -323,7 +354,7 @@ struct Loader {
                 __nanosleep(20);
             }
         }
-        kept_parity ^= 1;
+        parity ^= 1;
     }
 
     __device__ __forceinline__ void bring(const DecodeLayer& w, int load) {
@@ -332,11 +363,10 @@ struct Loader {
         const auto share = m.share(phase);
         const int n_cols = load == LOAD_OUT ? a.q_cols : a.d;
         const bool pairs = load == LOAD_GATE && w.rows == ALL;
-        const bool listed = (load == LOAD_UP || load == LOAD_DOWN) && w.rows != ALL;
+        const bool listed = load == LOAD_DOWN && w.rows != ALL;
         const void* matrix = load == LOAD_OUT    ? w.w_o
                              : load == LOAD_HEAD ? a.lm_head
                              : load == LOAD_GATE ? w.w_gate
-                             : load == LOAD_UP   ? w.w_up
                                                  : w.w_down_t;
         int n = share.count;
         if (load == LOAD_QKV || pairs) {
@@ -344,10 +374,6 @@ struct Loader {
         } else if (load == LOAD_PLANES) {
             n = (n + UNIT_ROWS - 1) / UNIT_ROWS * m.bit_rows(w).n_planes;
         } else if (listed) {
-            if (load == LOAD_UP) {
-                wait_at(&m.lists().has_active, active_parity);
-                active_parity ^= 1;
-            }
             n = m.lists().n_active;
         }
         const auto wanted = [&] { return is_over(&m.lists().has_phase, phase_parity); };
@@ -374,13 +400,18 @@ struct Loader {
             if (load == LOAD_PLANES && w.rows == PREDICTED) {
                 // Before, blocks that are late would wait behind these rows, and the memory has nothing to do after. The
                 // lists of kept rows are empty from there on.
-                wait_at(&m.lists().may_load, load_parity);
-                load_parity ^= 1;
+                wait_to_load(layer);
             }
             const bool skips = load == LOAD_PLANES ? w.rows != PREDICTED || !a.ringed_signs
                                                    : load == LOAD_UP && w.rows == ALL;
             if (load == LOAD_GATE && w.rows == PREDICTED) {
-                bring_kept(w);
+                bring_listed(w.w_gate, m.kept(), &m.lists().has_kept, kept_parity);
+            } else if (load == LOAD_UP && !skips) {
+                if (w.rows != PREDICTED) {
+                    // Nothing else tells that the list of the layer before is gone.
+                    wait_at(&m.lists().has_active, active_parity);
+                }
+                bring_listed(w.w_up, m.found(), &m.lists().has_active, active_parity);
             } else if (!skips) {
                 bring(w, load);
             }
@@ -407,6 +438,7 @@ struct Decoder : Layout<T> {
     using Layout<T>::h_rows;
     using Layout<T>::kept;
     using Layout<T>::active;
+    using Layout<T>::found;
     using Layout<T>::x_signs;
     using Layout<T>::x_planes;
     using Layout<T>::n_words;
@@ -980,15 +1012,15 @@ struct Decoder : Layout<T> {
 
     // kept += the rows of lanes that keep theirs.
     __device__ __forceinline__ void keep_rows(bool keep, int row) const {
-        const uint32_t found = __ballot_sync(0xffffffffu, keep);
+        const uint32_t keeping = __ballot_sync(0xffffffffu, keep);
         int at = 0;
         if (lane_id() == 0) {
-            at = atomicAdd(&lists().n_kept, __popc(found));
+            at = atomicAdd(&lists().n_kept, __popc(keeping));
         }
         at = __shfl_sync(0xffffffffu, at, 0);
         if (keep) {
             // The loading warp looks on.
-            atomicExch(kept() + at + __popc(found & ((1u << lane_id()) - 1)), row);
+            atomicExch(kept() + at + __popc(keeping & ((1u << lane_id()) - 1)), row);
         }
     }
 
@@ -1093,7 +1125,8 @@ struct Decoder : Layout<T> {
 #pragma unroll 1
         for (int i = threadIdx.x; i < n; i += DECODE_THREADS) {
             h_rows()[i] = 0.0f;
-            kept()[i] = NOT_KEPT;
+            kept()[i] = NOT_LISTED;
+            found()[i] = NOT_LISTED;
         }
     }
 
@@ -1112,14 +1145,11 @@ struct Decoder : Layout<T> {
             for (int base = 0; base < share(MLP).count; base += WARP) {
                 const int i = base + lane_id();
                 const bool is_active = i < share(MLP).count && h_rows()[i] != 0.0f;
-                const uint32_t found = __ballot_sync(0xffffffffu, is_active);
+                const uint32_t those = __ballot_sync(0xffffffffu, is_active);
                 if (is_active) {
-                    active()[n + __popc(found & ((1u << lane_id()) - 1))] = i;
+                    active()[n + __popc(those & ((1u << lane_id()) - 1))] = i;
                 }
-                n += __popc(found);
-            }
-            if (lane_id() == 0) {
-                lists().n_active = n;
+                n += __popc(those);
             }
         }
         sync();
@@ -1158,7 +1188,11 @@ struct Decoder : Layout<T> {
 #pragma unroll 1
             for (int i = threadIdx.x; i < end - first; i += DECODE_THREADS) {
                 const int row = w.rows == PREDICTED ? kept()[first + i] : first + i;
-                h_rows()[row] = activate(a.activation, a.threshold, tile_row(i));
+                const float gate = activate(a.activation, a.threshold, tile_row(i));
+                h_rows()[row] = gate;
+                if (gate != 0.0f) {
+                    atomicExch(found() + atomicAdd(&lists().n_active, 1), row);
+                }
             }
         }
     }
@@ -1388,9 +1422,11 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
             m.list_kept(w);
             n = lists.n_kept;
         }
+        // Kept rows a product at a time, as the loading warp waits for those that are active.
+        const int tile_rows = predicts ? a.product_rows : a.tile_rows;
 #pragma unroll 1
-        for (int first = 0; first < n; first += a.tile_rows) {
-            const int end = min(first + a.tile_rows, n);
+        for (int first = 0; first < n; first += tile_rows) {
+            const int end = min(first + tile_rows, n);
             m.multiply_rows(n_cols, n_held, end - first);
             n_held = 0;
             Computing::sync();
@@ -1407,7 +1443,7 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
                         m.own_x()[first + i] = x;
                         __stcg(a.x_out + own.begin + first + i, x);
                     } else if (phase == UP_ROWS) {
-                        m.h_rows()[m.active()[first + i]] *= sum;
+                        m.h_rows()[m.found()[first + i]] *= sum;
                     } else {
                         const int row = m.share(HEAD).begin + first + i;
                         a.logits[row] = sum;

@@ -21,6 +21,8 @@ const RING_ALIGN: usize = 128;
 /// for them yet, so that what the block does wait for does not come behind them.
 const IN_FLIGHT_BYTES: usize = 64 << 10;
 const IN_FLIGHT_IDLE_BYTES: usize = 24 << 10;
+/// Bytes of the next layer that a block asks L2 for while memory has nothing to do.
+const AHEAD_BYTES: usize = 48 << 10;
 /// Most rows of a product, and columns of a warp's chunk of the vector.
 const PRODUCT_ROWS: usize = 8;
 const CHUNK_COLS: usize = 128;
@@ -213,6 +215,7 @@ struct DecodeArgs {
     n_slots: i32,
     in_flight: i32,
     in_flight_idle: i32,
+    ahead_rows: i32,
     product_rows: i32,
     vec_floats: i32,
     tile_rows: i32,
@@ -262,7 +265,7 @@ impl Plan {
         let list_rows = f.div_ceil(n_blocks).next_multiple_of(4);
         let row_bytes = d.div_ceil(WARP) * 4;
         let slot_bytes = (widest * element_bytes).max(UNIT_ROWS * row_bytes).next_multiple_of(RING_ALIGN);
-        let lists_bytes = (tile_rows * WARPS + own_cols + 3 * list_rows) * size_of::<f32>();
+        let lists_bytes = (tile_rows * WARPS + own_cols + 4 * list_rows) * size_of::<f32>();
         // The ring begins at its first multiple of RING_ALIGN after the rest.
         let fixed_bytes = vec_bytes + lists_bytes + x_planes_bytes(d.div_ceil(WARP)) + RING_ALIGN;
         let ring_bytes = device.shared_bytes_max().checked_sub(STATIC_BYTES + fixed_bytes)?;
@@ -426,6 +429,7 @@ impl Device {
             n_slots: plan.n_slots as i32,
             in_flight: plan.rows_of(IN_FLIGHT_BYTES) as i32,
             in_flight_idle: plan.rows_of(IN_FLIGHT_IDLE_BYTES) as i32,
+            ahead_rows: plan.rows_of(AHEAD_BYTES) as i32,
             product_rows: plan.product_rows as i32,
             vec_floats: plan.vec_floats as i32,
             tile_rows: plan.tile_rows as i32,
