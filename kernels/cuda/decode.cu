@@ -397,9 +397,9 @@ struct Loader {
 #pragma unroll 1
         while (true) {
             const DecodeLayer& w = a.layers[min(layer, a.n_layers - 1)];
-            if (load == LOAD_PLANES && w.rows == PREDICTED) {
-                // Before, blocks that are late would wait behind these rows, and the memory has nothing to do after. The
-                // lists of kept rows are empty from there on.
+            if (load == (w.rows == PREDICTED ? LOAD_PLANES : LOAD_UP) && w.rows != ALL) {
+                // Before, blocks that are late would wait behind planes, and the memory has nothing to do after. The lists
+                // of rows are empty from there on.
                 wait_to_load(layer);
             }
             const bool skips = load == LOAD_PLANES ? w.rows != PREDICTED || !a.ringed_signs
@@ -407,10 +407,6 @@ struct Loader {
             if (load == LOAD_GATE && w.rows == PREDICTED) {
                 bring_listed(w.w_gate, m.kept(), &m.lists().has_kept, kept_parity);
             } else if (load == LOAD_UP && !skips) {
-                if (w.rows != PREDICTED) {
-                    // Nothing else tells that the list of the layer before is gone.
-                    wait_at(&m.lists().has_active, active_parity);
-                }
                 bring_listed(w.w_up, m.found(), &m.lists().has_active, active_parity);
             } else if (!skips) {
                 bring(w, load);
@@ -1379,6 +1375,7 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
         const DecodeLayer& w = a.layers[min(layer, a.n_layers - 1)];
         const int n_cols = phase == OUT ? a.q_cols : a.d;
         const bool predicts = phase == MLP && w.rows == PREDICTED;
+        const bool lists_rows = phase == MLP && w.rows != ALL;
         int n = phase == UP_ROWS ? lists.n_active : m.share(phase).count;
         if (phase == QKV || (phase == MLP && w.rows == ALL)) {
             n *= 2;
@@ -1398,7 +1395,7 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
             float4 weight[VEC_LOADS];
             m.load_norm(phase == HEAD ? a.final_norm : phase == MLP ? w.mlp_norm : w.attn_norm, weight);
             if (m.barriers > 0) {
-                m.wait(predicts);
+                m.wait(lists_rows);
                 m.mark(phase == OUT ? WAIT_ATTEND : phase == MLP ? WAIT_OUT : WAIT_X);
             }
             float4 v[VEC_LOADS];
@@ -1423,7 +1420,7 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
             n = lists.n_kept;
         }
         // Kept rows a product at a time, as the loading warp waits for those that are active.
-        const int tile_rows = predicts ? a.product_rows : a.tile_rows;
+        const int tile_rows = lists_rows ? a.product_rows : a.tile_rows;
 #pragma unroll 1
         for (int first = 0; first < n; first += tile_rows) {
             const int end = min(first + tile_rows, n);
