@@ -14,20 +14,23 @@
 //            shared memory: the vector, small lists, and the ring
 // Loads      Every row of weights comes through the ring, in the order of the model and across phases, so that while the
 //            block waits at a barrier or attends, the weights of the next dense phase arrive. The loading warp knows the
-//            order; kept rows of the MLP it brings as the predictor lists them, active rows once they are listed. Rows that
-//            nobody waits for yet come slowly, as the loads of a norm or of attention would queue behind them. The first rows
-//            of a phase move on to registers before their vector is there, and leave the ring to more
+//            order; kept rows of the MLP it brings as the predictor lists them, active rows as gates come. Rows that nobody
+//            waits for yet come slowly, as the loads of a norm or of attention would queue behind them. The first rows of a
+//            phase move on to registers before their vector is there, and leave the ring to more. L2 gives up rows, which
+//            are read once, before what blocks leave for each other, and is asked for rows of the next layer when memory
+//            has nothing else to do
 // Rows       of a block are neighbours. The down projection multiplies the same neurons' rows of w_down_t, so that h
 //            stays in the block, and leaves a part of the sum; after a barrier each block adds up the parts of its own
 //            columns
 // Bytes      weights, sign words or planes and cached positions that the token needs, each once; parts of the down
 //            projection through L2, 4 gridDim.x d bytes written and read
 // Order      the work of each block, warp and lane is fixed by the shapes, the position and h: repeatable bit for bit
-// Measured   H100 80GB, sm_90a, f16, context 512, 7B shape: dense 4.70 ms a token, 2870 GB/s, 94 % of the read
-//            bandwidth; predicted (21 % of rows kept, 10 % active) 2.55 ms, 2420 GB/s, 79 %; records/
+// Measured   H100 80GB, sm_90a, f16, context 512, 7B shape: dense 4.63 ms a token, 2910 GB/s, 95 % of the read
+//            bandwidth; predicted (21 % of rows kept, 10 % active) 2.36 ms, 2610 GB/s, 85 %; records/
 // Tried      programmatic dependent launch of the five kernels: early blocks of the next kernel pack two to an SM and
-//            leave others empty (7B dense: 6.5 ms a token against 5.8 without). Asking L2 for rows ahead
-//            (cp.async.bulk.prefetch.L2): 2 to 40 % slower than plain loads. Shares in proportion to the speed of each SM
+//            leave others empty (7B dense: 6.5 ms a token against 5.8 without). Asking L2 for more rows ahead, all at once or
+//            in other phases (cp.async.bulk.prefetch.L2): no faster, or up to 5 % slower. Planes before the grid has passed
+//            the output: 1 % slower, as barriers wait behind loads. Shares in proportion to the speed of each SM
 //            (those of small CPCs read 1.36 times as fast): blocks end together, the token as late as before. Products by
 //            fused multiply-adds and a ring for each warp: 1 us for each 4 KB of a warp, as long as memory takes. A ring
 //            off a line of 128 bytes: 10 % slower. All slots on their way at once: a load in attention's or a norm's way
@@ -213,6 +216,11 @@ struct Layout {
     }
     __device__ __forceinline__ int n_words() const { return (a.d + WARP - 1) / WARP; }
 
+    // Registers have room for the rows of a product.
+    __device__ __forceinline__ static bool holds(int n_cols) {
+        return MOVES_REGISTERS && sizeof(T) == 2 && n_cols <= HELD_CHUNKS * DECODE_WARPS * CHUNK_COLS;
+    }
+
     // Lengths of the lists of rows, and what the loading warp is told by barriers of one arrival each.
     struct Lists {
         int n_kept;
@@ -303,18 +311,18 @@ struct Loader {
         return {static_cast<const T*>(matrix) + static_cast<int64_t>(row) * n_cols, n_cols * static_cast<int>(sizeof(T))};
     }
 
-    // Returns once the grid has passed the phase before the predictor's. Memory has nothing to do until then, as the rows of
-    // that phase have come and none after it may be in the others' way; L2 is asked for the first rows of the next layer that
-    // the block has no room for, one after the other, as more of them at once were in the way as well.
-    __device__ __forceinline__ void wait_to_load(int layer) {
+    // Returns once the grid has passed the phase before the MLP. Memory has nothing to do until then, as the rows of that
+    // phase have come and none after it may be in the others' way. L2 is asked for the first rows of the next layer that the
+    // block has no room for, one after the other, as more of them at once were in the way as well.
+    __device__ __forceinline__ void wait_for_mlp(int layer) {
 #if __CUDA_ARCH__ >= 900
         const DecodeLayer& next = m.a.layers[min(layer + 1, m.a.n_layers - 1)];
-        const int first = m.a.n_slots + m.a.product_rows;
+        const int first = m.a.n_slots + (m.holds(m.a.d) ? m.a.product_rows : 0);
         const int n_rows = layer + 1 < m.a.n_layers ? min(m.a.ahead_rows, 2 * m.share(QKV).count - first) : 0;
         int n = 0;
         uint32_t asked = clock();
 #pragma unroll 1
-        while (!is_over(&m.lists().may_load, load_parity)) {
+        while (!__all_sync(0xffffffffu, is_over(&m.lists().may_load, load_parity))) {
             const uint32_t now = clock();
             if (n < n_rows && now - asked >= AHEAD_CLOCKS) {
                 if (lane_id() == 0) {
@@ -323,7 +331,6 @@ struct Loader {
                 asked = now;
                 n++;
             }
-            __syncwarp();
         }
 #else
         wait_at(&m.lists().may_load, load_parity);
@@ -337,7 +344,7 @@ struct Loader {
         int first = 0;
 #pragma unroll 1
         while (true) {
-            const bool is_whole = is_over(whole, parity);
+            const bool is_whole = __all_sync(0xffffffffu, is_over(whole, parity));
             // An atomic operation that changes nothing: a load that knows of the others' stores.
             const int i = first + lane_id();
             const int row = i < share.count ? atomicMax(list + i, NOT_LISTED) : NOT_LISTED;
@@ -400,7 +407,7 @@ struct Loader {
             if (load == (w.rows == PREDICTED ? LOAD_PLANES : LOAD_UP) && w.rows != ALL) {
                 // Before, blocks that are late would wait behind planes, and the memory has nothing to do after. The lists
                 // of rows are empty from there on.
-                wait_to_load(layer);
+                wait_for_mlp(layer);
             }
             const bool skips = load == LOAD_PLANES ? w.rows != PREDICTED || !a.ringed_signs
                                                    : load == LOAD_UP && w.rows == ALL;
@@ -438,6 +445,7 @@ struct Decoder : Layout<T> {
     using Layout<T>::x_signs;
     using Layout<T>::x_planes;
     using Layout<T>::n_words;
+    using Layout<T>::holds;
     using Layout<T>::lists;
     using Layout<T>::share;
     using Layout<T>::head_of;
@@ -497,11 +505,6 @@ struct Decoder : Layout<T> {
     }
 
     using HeldRows = typename Vector<T>::HeldRows;
-
-    // Registers have room for the rows of a product.
-    __device__ __forceinline__ static bool holds(int n_cols) {
-        return MOVES_REGISTERS && sizeof(T) == 2 && n_cols <= HELD_CHUNKS * DECODE_WARPS * CHUNK_COLS;
-    }
 
     // tile[i * DECODE_WARPS + warp] = sum, a lane's of a product of n rows, which begin at row first of the tile.
     __device__ __forceinline__ void store_sums(float sum, int first, int n) const {

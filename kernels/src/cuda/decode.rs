@@ -427,7 +427,7 @@ impl Device {
             n_ids: (call.ids.len_bytes() / size_of::<u32>()) as i32,
             slot_bytes: plan.slot_bytes as i32,
             n_slots: plan.n_slots as i32,
-            in_flight: plan.rows_of(IN_FLIGHT_BYTES) as i32,
+            in_flight: plan.rows_of(IN_FLIGHT_BYTES).max(plan.product_rows) as i32,
             in_flight_idle: plan.rows_of(IN_FLIGHT_IDLE_BYTES) as i32,
             ahead_rows: plan.rows_of(AHEAD_BYTES) as i32,
             product_rows: plan.product_rows as i32,
