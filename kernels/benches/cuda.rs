@@ -17,7 +17,7 @@ use half::f16;
 use kernels::cuda::{
     AttentionCall, AttentionScratch, Buffer, CudaError, DECODE_STEPS, DecodeCall, DecodeLayer, DecodeScratch,
     Device, DeviceLimits, DeviceMatrix, DevicePlanes, DeviceRows, DeviceThresholds, DownCall, DownScratch,
-    Dtype, GateUpCall, MatvecCall, PredictScoresCall, QkvCall, SampleCall, View,
+    Dtype, GateUpCall, MatvecCall, PredictScoresCall, QkvCall, SampleCall, StepTime, View, step_times,
 };
 use kernels::sample::Draw;
 use kernels::{Activation, AttentionShape, PLANES_MAX};
@@ -543,14 +543,9 @@ impl Bench {
         self.device.write(clocks.view(), &counts)?;
         self.time_us(|| self.decode(mode, Some(clocks.view())))?;
         self.device.read(clocks.view(), &mut counts)?;
-        let total: u64 = counts.iter().sum();
-        let us = token_us * self.decode_scratch.n_blocks() as f64 / total as f64;
-        for (step, name) in DECODE_STEPS.iter().enumerate() {
-            let of_step = counts.iter().skip(step).step_by(n_steps).map(|&count| count as f64 * us);
-            let (low, high) =
-                of_step.clone().fold((f64::MAX, 0.0f64), |(low, high), v| (low.min(v), high.max(v)));
-            let mean = of_step.sum::<f64>() / self.decode_scratch.n_blocks() as f64;
-            println!("    {name:<22} {mean:8.1} us ({low:.1} to {high:.1})");
+        for (name, time) in DECODE_STEPS.iter().zip(step_times(&counts, token_us)) {
+            let StepTime { mean_us, lowest_us, highest_us } = time;
+            println!("    {name:<22} {mean_us:8.1} us ({lowest_us:.1} to {highest_us:.1})");
         }
         Ok(())
     }

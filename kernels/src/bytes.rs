@@ -9,16 +9,46 @@ pub fn matrix(w: &Matrix<'_>) -> u64 {
     rows(w, w.n_rows)
 }
 
-/// What one MLP call reads of `w` and of the predictor, given the `counts` that it returned.
-pub fn mlp(w: &MlpWeights<'_>, rows: &Rows<'_>, counts: &MlpCounts) -> u64 {
-    let active = self::rows(&w.up, counts.n_active) + self::rows(&w.down_t, counts.n_active);
-    match rows {
-        Rows::All => matrix(&w.gate) + matrix(&w.up) + matrix(&w.down_t),
-        Rows::Active => matrix(&w.gate) + active,
-        Rows::Predicted { .. } | Rows::Scored { .. } | Rows::LowRank { .. } => {
-            predictor(rows) + self::rows(&w.gate, counts.n_kept) + active
+/// What one MLP call reads, by part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MlpBytes {
+    /// Choosing the rows.
+    pub predictor: u64,
+    /// Rows of W_gate.
+    pub gate: u64,
+    /// Rows of W_up.
+    pub up: u64,
+    /// Rows of W_down, transposed.
+    pub down: u64,
+}
+
+impl MlpBytes {
+    /// Of a call that reads `rows` of `w` and returned `counts`.
+    pub fn new(w: &MlpWeights<'_>, rows: &Rows<'_>, counts: &MlpCounts) -> Self {
+        let (n_kept, n_active) = match rows {
+            Rows::All => (w.gate.n_rows, w.up.n_rows),
+            Rows::Active => (w.gate.n_rows, counts.n_active),
+            Rows::Predicted { .. } | Rows::Scored { .. } | Rows::LowRank { .. } => {
+                (counts.n_kept, counts.n_active)
+            }
+        };
+        Self {
+            predictor: predictor(rows),
+            gate: self::rows(&w.gate, n_kept),
+            up: self::rows(&w.up, n_active),
+            down: self::rows(&w.down_t, n_active),
         }
     }
+
+    /// All parts.
+    pub fn sum(&self) -> u64 {
+        self.predictor + self.gate + self.up + self.down
+    }
+}
+
+/// What one MLP call reads of `w` and of the predictor, given the `counts` that it returned.
+pub fn mlp(w: &MlpWeights<'_>, rows: &Rows<'_>, counts: &MlpCounts) -> u64 {
+    MlpBytes::new(w, rows, counts).sum()
 }
 
 /// What an audit of an MLP call reads of `w` beside what the call itself reads.
@@ -87,6 +117,8 @@ mod tests {
         assert_eq!(mlp(&w, &Rows::Active, &counts), 560 + 3 * (80 + 160));
         let signs = SignMatrix { words: &[0; 14], n_rows: 7, n_words: 2 };
         let layer = Rows::Predicted { signs, limits: Limits::Layer(20) };
+        let parts = MlpBytes { predictor: 56, gate: 5 * 80, up: 3 * 80, down: 3 * 160 };
+        assert_eq!(MlpBytes::new(&w, &layer, &counts), parts);
         assert_eq!(mlp(&w, &layer, &counts), 56 + 5 * 80 + 3 * (80 + 160));
         let per_row = Rows::Predicted { signs, limits: Limits::PerRow(&[0; 7]) };
         assert_eq!(mlp(&w, &per_row, &counts), 28 + 56 + 5 * 80 + 3 * (80 + 160));

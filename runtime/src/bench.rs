@@ -3,7 +3,8 @@
 //! The modes take turns within each repetition, so that a machine that slows down slows all of them. Decoding runs
 //! over a text that the model wrote itself, the same for all modes: rows kept and active are those of real text. Limits
 //! for a share of rows kept are found on that text as well, by measuring n_neg. A decoded token includes the choice of the
-//! most probable next one, on the device where generating text would choose there; the text goes on as it is.
+//! most probable next one, on the device where generating text would choose there; the text goes on as it is. Steps of a
+//! token are timed over the same text after that, as counting clocks takes time itself.
 
 use std::io::{self, Write};
 use std::time::Instant;
@@ -13,10 +14,17 @@ use serde::Serialize;
 use crate::keep_share::{Scores, limits_keeping};
 use crate::sampler::{Sampler, SamplerOptions};
 use crate::stats::{RowShares, mean_and_deviation, ratio};
+use crate::steps::{self, Step, StepFigures};
 use crate::{AuditOptions, AuditReport, MlpMode, RuntimeError, Session};
 
 /// Longest warm-up, in tokens.
 const N_WARM_UP: usize = 16;
+
+const NO_STEPS: &str =
+    "Steps are not counted for this model: by its widths or mixed types a token is a run of single kernels.";
+const STEPS_NOTE: &str = "\
+GB/s of a step: bytes needed by its time; rows that came ahead, in the wait or norm before it, can lift it above memory's.
+All gate rows have the up rows with them in dense. Outside the kernel: the draw, launches, and counts read back.";
 
 /// What to measure.
 #[derive(Clone, Debug)]
@@ -33,6 +41,8 @@ pub struct BenchOptions {
     pub audit: Option<AuditOptions>,
     /// Shares of gate rows, above 0 and at most 1: a row of decoding for each, under limits that keep it.
     pub keep_shares: Vec<f64>,
+    /// Tells where a decoded token's time goes, on devices that count it.
+    pub steps: bool,
 }
 
 /// Results of one process on one machine.
@@ -68,6 +78,9 @@ pub struct BenchRow {
     /// What only decoding counts.
     #[serde(flatten)]
     pub decode: Option<DecodeFigures>,
+    /// Where its time goes; empty where a token is a run of single kernels, of which no steps are counted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub steps: Option<Vec<StepFigures>>,
 }
 
 /// Figures of decoded tokens.
@@ -106,6 +119,7 @@ struct Contender {
     n_bytes: u64,
     seconds: f64,
     shares: RowShares,
+    steps: Option<Vec<Step>>,
 }
 
 /// Measures `session`, whose context must hold the longer of the two tests. Leaves it without positions and audits.
@@ -160,6 +174,14 @@ pub fn bench(session: &mut Session<'_>, options: &BenchOptions) -> Result<Bench,
     // The audited contender is the last to run.
     let audit = session.audit();
     session.set_audit(None)?;
+    if options.steps {
+        // The same tokens at the same positions as those that were timed.
+        for contender in contenders.iter_mut().filter(|contender| contender.audit.is_none()) {
+            contender.select_rows(session, options.alpha_scale)?;
+            session.reset();
+            contender.steps = session.time_steps(decoded)?;
+        }
+    }
     session.reset();
 
     let (read_gb_per_s, _) = mean_and_deviation(&read_gb_per_s);
@@ -174,6 +196,7 @@ pub fn bench(session: &mut Session<'_>, options: &BenchOptions) -> Result<Bench,
             tok_per_s,
             tok_per_s_deviation,
             decode: None,
+            steps: None,
         });
     }
     if options.n_decode > 0 {
@@ -216,16 +239,22 @@ impl Contender {
             n_bytes: 0,
             seconds: 0.0,
             shares: RowShares::default(),
+            steps: None,
+        }
+    }
+
+    /// Has `session` read this contender's rows.
+    fn select_rows(&self, session: &mut Session<'_>, alpha_scale: f64) -> Result<(), RuntimeError> {
+        match &self.rows {
+            Selection::Mode(mode) => session.set_mode(*mode, alpha_scale),
+            Selection::Share(_, limits) => session.set_limits(limits),
         }
     }
 
     /// Decodes `tokens` in an empty context; returns the seconds it took.
     fn run(&self, session: &mut Session<'_>, alpha_scale: f64, tokens: &[u32]) -> Result<f64, RuntimeError> {
         session.set_audit(None)?;
-        match &self.rows {
-            Selection::Mode(mode) => session.set_mode(*mode, alpha_scale)?,
-            Selection::Share(_, limits) => session.set_limits(limits)?,
-        }
+        self.select_rows(session, alpha_scale)?;
         let greedy = SamplerOptions { temp: 0.0, ..SamplerOptions::default() };
         let mut sampler = Sampler::new(&greedy, session.model().config().vocab_size as usize, &[]);
         session.set_sampler(&greedy, &[])?;
@@ -271,7 +300,10 @@ impl Contender {
             Selection::Mode(_) => None,
             Selection::Share(share, _) => Some(share),
         };
-        BenchRow { test, mode: self.name, keep_share, tok_per_s, tok_per_s_deviation, decode: Some(decode) }
+        let token_us = 1e6 * ratio(self.seconds, self.n_tokens as f64);
+        let steps = self.steps.as_ref().map(|steps| steps::figures(steps, token_us));
+        let decode = Some(decode);
+        BenchRow { test, mode: self.name, keep_share, tok_per_s, tok_per_s_deviation, decode, steps }
     }
 }
 
@@ -292,10 +324,7 @@ impl Bench {
         )?;
         for row in &self.rows {
             let speed = format!("{:.2} ± {:.2}", row.tok_per_s, row.tok_per_s_deviation);
-            let mode = match row.keep_share {
-                None => row.mode.to_owned(),
-                Some(share) => format!("keep {} %", (1e6 * share).round() / 1e4),
-            };
+            let mode = row.label();
             write!(out, "| {:<6} | {mode:<11} | {speed:>16} |", row.test)?;
             match &row.decode {
                 Some(decode) => writeln!(
@@ -319,7 +348,24 @@ impl Bench {
             writeln!(out)?;
             audit.write(out)?;
         }
-        Ok(())
+        self.write_steps(out)
+    }
+
+    /// A table of steps for each row that has them.
+    fn write_steps(&self, out: &mut dyn Write) -> io::Result<()> {
+        let timed: Vec<_> = self.rows.iter().filter_map(|row| Some((row, row.steps.as_ref()?))).collect();
+        if timed.is_empty() {
+            return Ok(());
+        }
+        if timed.iter().all(|(_, steps)| steps.is_empty()) {
+            return writeln!(out, "\n{NO_STEPS}");
+        }
+        for (row, figures) in timed {
+            let token_us: f64 = figures.iter().map(|step| step.us_per_token).sum();
+            writeln!(out, "\n{} {}, {token_us:.1} us a token:\n", row.test, row.label())?;
+            steps::write_markdown(out, figures)?;
+        }
+        writeln!(out, "\n{STEPS_NOTE}")
     }
 
     /// One line of comma-separated values for each row, with a header.
@@ -363,6 +409,16 @@ impl Bench {
     }
 }
 
+impl BenchRow {
+    /// The mode, or the share of rows that was asked for.
+    fn label(&self) -> String {
+        match self.keep_share {
+            None => self.mode.to_owned(),
+            Some(share) => format!("keep {} %", (1e6 * share).round() / 1e4),
+        }
+    }
+}
+
 /// `text` as one field of comma-separated values.
 fn quoted(text: &str) -> String {
     format!("\"{}\"", text.replace('"', "\"\""))
@@ -380,6 +436,7 @@ mod tests {
             tok_per_s: 1000.0,
             tok_per_s_deviation: 5.5,
             decode: None,
+            steps: None,
         };
         let figures = DecodeFigures {
             bytes_per_token: 5.5e8,
@@ -396,6 +453,7 @@ mod tests {
             tok_per_s: 20.0,
             tok_per_s_deviation: 0.25,
             decode: Some(figures),
+            steps: None,
         };
         let asked = BenchRow { keep_share: Some(0.135), ..decode.clone() };
         Bench {
@@ -408,8 +466,12 @@ mod tests {
     }
 
     fn written(write: impl Fn(&Bench, &mut dyn Write) -> io::Result<()>) -> String {
+        written_of(&example(), write)
+    }
+
+    fn written_of(bench: &Bench, write: impl Fn(&Bench, &mut dyn Write) -> io::Result<()>) -> String {
         let mut out = Vec::new();
-        write(&example(), &mut out).expect("memory takes all");
+        write(bench, &mut out).expect("memory takes all");
         String::from_utf8(out).expect("UTF-8")
     }
 
@@ -423,6 +485,28 @@ mod tests {
         assert!(rows[3].contains("20.00 ± 0.25") && rows[3].contains("1.80x"), "{markdown}");
         assert!(rows[3].contains("| predicted ") && rows[3].contains(" 550.0 |"), "{markdown}");
         assert!(rows[4].contains("| keep 13.5 % |"), "{markdown}");
+    }
+
+    #[test]
+    fn steps_come_after_the_rows_where_they_were_counted() {
+        let mut bench = example();
+        let plain = written_of(&bench, Bench::write_markdown);
+        let qkv = Step { name: "qkv", us_per_token: 10_000.0, bytes_per_token: 1e8 };
+        bench.rows[1].steps = Some(steps::figures(&[qkv], 50_000.0));
+        let with_steps = written_of(&bench, Bench::write_markdown);
+        let added = with_steps.strip_prefix(&plain).expect("the rest is the same");
+        assert!(added.starts_with("\ntg128 predicted, 50000.0 us a token:\n\n| step "), "{added}");
+        assert!(
+            added.contains("| qkv                 |  10000.0 |  20.0 % |    100.0 |    10.0 |"),
+            "{added}"
+        );
+        assert!(added.contains("| outside the kernel  |  40000.0 |  80.0 % |"), "{added}");
+        assert!(added.ends_with(&format!("|\n\n{STEPS_NOTE}\n")), "{added}");
+        let json = serde_json::to_value(&bench).expect("JSON");
+        assert_eq!(json["rows"][1]["steps"][0]["gb_per_s"], 10.0);
+        assert!(json["rows"][2].get("steps").is_none());
+        bench.rows[1].steps = Some(Vec::new());
+        assert_eq!(written_of(&bench, Bench::write_markdown), format!("{plain}\n{NO_STEPS}\n"));
     }
 
     #[test]

@@ -135,7 +135,7 @@ pub(crate) struct Cli {
     /// Show no progress on a terminal
     #[arg(long, help_heading = "Output")]
     pub(crate) quiet: bool,
-    /// Add rows by layer to the statistics
+    /// Add rows by layer to the statistics; with --bench on a GPU (md and json), where a decoded token's time goes
     #[arg(long, help_heading = "Output")]
     pub(crate) verbose: bool,
 

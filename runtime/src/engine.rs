@@ -8,6 +8,7 @@ use kernels::{BitPlanes, LowRank};
 use crate::audit::Audit;
 use crate::sampler::{SampleError, SamplerOptions};
 use crate::session::{MlpObserver, Usage};
+use crate::steps::Step;
 use crate::{MlpMode, RuntimeError};
 
 /// Which rows the MLP of each layer reads while decoding.
@@ -118,6 +119,17 @@ pub(crate) trait Engine<'m>: std::fmt::Debug {
         _position: usize,
         _usage: &mut Usage,
     ) -> Result<Option<Result<u32, SampleError>>, RuntimeError> {
+        Ok(None)
+    }
+
+    /// Decodes `tokens` from `first_position` on, and times the steps of a token by counting clocks; usage and logits are
+    /// left alone. No steps where this engine runs the model's tokens in a way that counts none; `None` from an engine
+    /// that never does.
+    fn time_steps(
+        &mut self,
+        _tokens: &[u32],
+        _first_position: usize,
+    ) -> Result<Option<Vec<Step>>, RuntimeError> {
         Ok(None)
     }
 

@@ -18,6 +18,7 @@ pub mod perplexity;
 pub mod sampler;
 mod session;
 pub mod stats;
+pub mod steps;
 mod text;
 mod tokenizer;
 

@@ -73,6 +73,7 @@ fn run(cli: &Cli, action: Action<'_>, started: Instant) -> anyhow::Result<ExitCo
                 alpha_scale: cli.alpha_scale,
                 audit: cli.audit(cli.seed()),
                 keep_shares: keep_shares.to_vec(),
+                steps: cli.verbose,
             };
             run_bench(cli, file, &options, output)?;
         }

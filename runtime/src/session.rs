@@ -11,6 +11,7 @@ use crate::engine::{Batch, BatchLogits, Engine, RowChoice};
 use crate::engine_cuda::CudaEngine;
 use crate::forward::CpuEngine;
 use crate::sampler::{SampleError, Sampler, SamplerOptions};
+use crate::steps::Step;
 use crate::{Model, RuntimeError};
 
 /// What a session needs to know up front.
@@ -475,6 +476,16 @@ impl<'m> Session<'m> {
             }
             None => Ok(sampler.sample(self.decode(token)?)),
         }
+    }
+
+    /// Decodes `tokens` after the context, which stays as it is, and times the steps of a token in the engine's kernel.
+    /// Usage does not count them. No steps where the model's widths have a token run as single kernels; `None` on a CPU.
+    ///
+    /// # Errors
+    /// As [`Session::prefill`].
+    pub fn time_steps(&mut self, tokens: &[u32]) -> Result<Option<Vec<Step>>, RuntimeError> {
+        self.check(tokens)?;
+        self.engine.time_steps(tokens, self.n_positions)
     }
 
     /// One batch (at most `n_batch_max` tokens) appended to the context. With `masked`, rows that the session's mode

@@ -200,11 +200,18 @@ fn a_share_of_rows_needs_sign_words() {
 #[test]
 fn bench_prints_every_row_in_every_format() {
     for format in ["md", "csv", "json"] {
-        let output = expect_success(
-            runtime()
-                .arg(bundled_sinf())
-                .args(["--bench", "-p", "16", "-n", "8", "-r", "2", "--output", format]),
-        );
+        let output = expect_success(runtime().arg(bundled_sinf()).args([
+            "--bench",
+            "-p",
+            "16",
+            "-n",
+            "8",
+            "-r",
+            "2",
+            "--verbose",
+            "--output",
+            format,
+        ]));
         let text = String::from_utf8(output.stdout).expect("UTF-8");
         for word in ["pp16", "tg8", "dense", "exact", "predicted"] {
             assert!(text.contains(word), "--output {format} lacks {word}: {text}");

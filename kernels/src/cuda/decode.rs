@@ -1,5 +1,7 @@
 //! A whole token in one kernel (decode.cu): what it needs, how its work is cut, and its launch.
 
+use std::array;
+
 use super::launch::{
     RowsArgs, check_aligned, check_cache, check_floats, check_state, same_type, x_planes_bytes,
 };
@@ -58,6 +60,60 @@ pub const DECODE_STEPS: [&str; 20] = [
     "lm_head",
     "next token",
 ];
+
+/// The steps of [`DECODE_STEPS`] that read weights or the cache, as indexes into it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReadingStep {
+    /// Rows of q, k and v.
+    Qkv = 1,
+    /// Keys and values of the positions so far.
+    Attention = 3,
+    /// Rows of the projection after attention.
+    Output = 6,
+    /// Sign words or planes of W_gate.
+    Predictor = 9,
+    /// All rows of W_gate; where a layer reads every row, those of W_up as well.
+    AllGateRows = 10,
+    /// Rows of W_gate that the predictor keeps.
+    KeptGateRows = 11,
+    /// Rows of W_up whose activation is not zero.
+    ActiveUpRows = 12,
+    /// Rows of W_down of the same neurons.
+    Down = 13,
+    /// All rows of lm_head.
+    LmHead = 18,
+}
+
+/// Microseconds that one step of a token takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct StepTime {
+    /// Over all blocks.
+    pub mean_us: f64,
+    /// Of the block that spent the least.
+    pub lowest_us: f64,
+    /// Of the block that spent the most.
+    pub highest_us: f64,
+}
+
+/// The time of each step by `clocks`, those of [`DecodeCall::clocks`] after any number of tokens: scaled so that the
+/// means add up to `token_us`. All 0 where no clock was counted.
+pub fn step_times(clocks: &[u64], token_us: f64) -> [StepTime; DECODE_STEPS.len()] {
+    let n_blocks = clocks.len() as f64 / DECODE_STEPS.len() as f64;
+    let total: u64 = clocks.iter().sum();
+    if total == 0 {
+        return Default::default();
+    }
+    let us_per_clock = token_us * n_blocks / total as f64;
+    array::from_fn(|step| {
+        let of_blocks = || clocks.iter().skip(step).step_by(DECODE_STEPS.len());
+        let us = |clocks: u64| clocks as f64 * us_per_clock;
+        StepTime {
+            mean_us: us(of_blocks().sum()) / n_blocks,
+            lowest_us: us(of_blocks().min().copied().unwrap_or(0)),
+            highest_us: us(of_blocks().max().copied().unwrap_or(0)),
+        }
+    })
+}
 
 /// One layer's weights and cache.
 #[derive(Clone, Copy, Debug)]
@@ -470,4 +526,46 @@ impl LayerArgs {
         rows: 0,
         n_planes: 0,
     };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clocks_of_all_blocks_are_scaled_to_the_time_of_a_token() {
+        // Two blocks, each with 1000 clocks, of two tokens of 30 us.
+        let mut clocks = [0; 2 * DECODE_STEPS.len()];
+        let (first, second) = clocks.split_at_mut(DECODE_STEPS.len());
+        (first[0], first[1]) = (300, 700);
+        (second[0], second[1]) = (100, 900);
+        let times = step_times(&clocks, 30.0);
+        assert_eq!(times[0], StepTime { mean_us: 6.0, lowest_us: 3.0, highest_us: 9.0 });
+        assert_eq!(times[1], StepTime { mean_us: 24.0, lowest_us: 21.0, highest_us: 27.0 });
+        assert!(times[2..].iter().all(|time| *time == StepTime::default()));
+    }
+
+    #[test]
+    fn without_clocks_no_step_takes_time() {
+        for clocks in [&[0; 3 * DECODE_STEPS.len()][..], &[]] {
+            assert_eq!(step_times(clocks, 30.0), [StepTime::default(); DECODE_STEPS.len()]);
+        }
+    }
+
+    #[test]
+    fn steps_that_read_have_the_indexes_of_their_names() {
+        for (step, name) in [
+            (ReadingStep::Qkv, "qkv"),
+            (ReadingStep::Attention, "attention"),
+            (ReadingStep::Output, "output"),
+            (ReadingStep::Predictor, "predictor"),
+            (ReadingStep::AllGateRows, "MLP, all gate rows"),
+            (ReadingStep::KeptGateRows, "MLP, kept gate rows"),
+            (ReadingStep::ActiveUpRows, "MLP, active up rows"),
+            (ReadingStep::Down, "down"),
+            (ReadingStep::LmHead, "lm_head"),
+        ] {
+            assert_eq!(DECODE_STEPS[step as usize], name);
+        }
+    }
 }

@@ -16,7 +16,7 @@ mod prefill;
 mod sample;
 mod upload;
 
-pub use decode::{DECODE_STEPS, DecodeCall, DecodeLayer, DecodeScratch};
+pub use decode::{DECODE_STEPS, DecodeCall, DecodeLayer, DecodeScratch, ReadingStep, StepTime, step_times};
 pub use device::{Device, DeviceInfo, Event, Graph, list_devices};
 pub use error::CudaError;
 pub use gemm::{Gemm, GemmCall};

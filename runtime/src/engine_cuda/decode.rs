@@ -2,7 +2,7 @@
 
 use kernels::cuda::{
     AttentionCall, AttentionScratch, Buffer, CudaError, DecodeCall, DecodeLayer, DecodeScratch, Device,
-    DeviceRows, DownCall, DownScratch, Dtype, GateUpCall, MatvecCall, QkvCall, SampleCall,
+    DeviceRows, DownCall, DownScratch, Dtype, GateUpCall, MatvecCall, QkvCall, SampleCall, View,
 };
 use kernels::sample::Draw;
 use kernels::{AttentionShape, Matrix, MlpWeights};
@@ -69,7 +69,7 @@ impl ModelState<'_> {
         rows: &[RowChoice],
         sampler: &DeviceSampler,
     ) -> Result<(), CudaError> {
-        self.token(rows)?;
+        self.token(rows, None)?;
         if let Way::Kernels(_) = self.way {
             self.device.advance(self.token.view())?;
         }
@@ -83,15 +83,20 @@ impl ModelState<'_> {
         })
     }
 
-    /// Launches everything that the token in `self.token` needs.
-    pub(super) fn token(&self, rows: &[RowChoice]) -> Result<(), CudaError> {
+    /// Launches everything that the token in `self.token` needs. The one kernel adds to `clocks`.
+    pub(super) fn token(&self, rows: &[RowChoice], clocks: Option<View<'_>>) -> Result<(), CudaError> {
         match &self.way {
-            Way::OneKernel(scratch) => self.token_in_one(rows, scratch),
+            Way::OneKernel(scratch) => self.token_in_one(rows, scratch, clocks),
             Way::Kernels(vectors) => self.token_in_kernels(rows, vectors),
         }
     }
 
-    fn token_in_one(&self, rows: &[RowChoice], scratch: &DecodeScratch) -> Result<(), CudaError> {
+    fn token_in_one(
+        &self,
+        rows: &[RowChoice],
+        scratch: &DecodeScratch,
+        clocks: Option<View<'_>>,
+    ) -> Result<(), CudaError> {
         let layers = self
             .weights
             .layers
@@ -130,7 +135,7 @@ impl ModelState<'_> {
             logits: self.logits.view(),
             counts: self.counts(),
             greedy: false,
-            clocks: None,
+            clocks,
             scratch,
         })
     }

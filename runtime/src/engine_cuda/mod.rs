@@ -2,10 +2,12 @@
 //!
 //! The file's bytes lie on the device as one image (on integrated GPUs the mapped pages themselves), so that every
 //! weight's address there is its address in the map, moved. [`decode`] runs one token, recorded as a graph, for which
-//! token and position live on the device; [`prompt`] runs batches. Both fill the same cache.
+//! token and position live on the device; [`prompt`] runs batches. Both fill the same cache. [`steps`] tells where the
+//! time of a token goes.
 
 mod decode;
 mod prompt;
+mod steps;
 
 use std::thread;
 
@@ -14,16 +16,17 @@ use kernels::cuda::{
     Buffer, Chosen, CudaError, Device, DeviceLimits, DeviceMatrix, DevicePlanes, DeviceRows,
     DeviceThresholds, Dtype, Gemm, Graph, HostBuffer, Mirror, Placement, UploadError, View,
 };
-use kernels::{Activation, AttentionShape, BitPlanes, Elements, Matrix, MlpCounts, bytes};
+use kernels::{Activation, AttentionShape, BitPlanes, Elements, Matrix, MlpCounts};
 
 use self::decode::{DeviceSampler, Way};
 use self::prompt::Prompt;
 use crate::RuntimeError;
 use crate::engine::{Batch, BatchLogits, Engine, RowChoice};
-use crate::forward::{RopeAngles, rows_of};
-use crate::model::{LayerWeights, Model, Weights};
+use crate::forward::RopeAngles;
+use crate::model::{Model, Weights};
 use crate::sampler::{SampleError, SamplerOptions};
 use crate::session::{MlpObserver, SessionOptions, Usage};
+use crate::steps::Step;
 
 /// Rows kept and active of a layer, two u64.
 const COUNT_BYTES: usize = 16;
@@ -122,6 +125,18 @@ impl<'m> CudaEngine<'m> {
 
     /// One token at `position`; its logits stay on the device.
     fn step(&mut self, token: u32, position: usize) -> Result<(), RuntimeError> {
+        self.place(token, position)?;
+        self.run_placed()
+    }
+
+    /// Has the next token on the device be this one.
+    fn place(&mut self, token: u32, position: usize) -> Result<(), RuntimeError> {
+        self.next = None;
+        Ok(self.state.device.set_state(self.state.token.view(), token, position)?)
+    }
+
+    /// The token that was placed.
+    fn run_placed(&mut self) -> Result<(), RuntimeError> {
         let graph = match &mut self.graph {
             Some(graph) => graph,
             None => {
@@ -129,11 +144,9 @@ impl<'m> CudaEngine<'m> {
                 let state = &self.state;
                 // SAFETY: the graph is dropped before the buffers of `state`, by the order of fields, and before the
                 // limits of rows, by `set_rows`.
-                self.graph.insert(unsafe { state.device.capture(|| state.token(&self.rows)) }?)
+                self.graph.insert(unsafe { state.device.capture(|| state.token(&self.rows, None)) }?)
             }
         };
-        self.next = None;
-        self.state.device.set_state(self.state.token.view(), token, position)?;
         Ok(self.state.device.replay(graph)?)
     }
 
@@ -180,16 +193,11 @@ impl<'m> CudaEngine<'m> {
     /// Adds what a token at `position` has read, once it has run.
     fn count(&mut self, position: usize, usage: &mut Usage) -> Result<(), RuntimeError> {
         let counts = self.take_counts()?;
-        let state = &self.state;
-        let cache = Dtype::of(&state.weights.embedding.data).cache().n_bytes();
-        let kv_bytes = bytes::kv(&state.shape, cache, position + 1);
-        for (layer, (w, counts)) in state.weights.layers.iter().zip(&counts).enumerate() {
-            usage.n_bytes +=
-                attention_bytes(w) + kv_bytes + state.mlp_bytes(layer, &self.rows[layer], counts);
-            usage.layers[layer].n_kept += counts.n_kept as u64;
-            usage.layers[layer].n_active += counts.n_active as u64;
+        usage.n_bytes += self.step_bytes(position, &counts).iter().sum::<u64>();
+        for (layer, counts) in usage.layers.iter_mut().zip(&counts) {
+            layer.n_kept += counts.n_kept as u64;
+            layer.n_active += counts.n_active as u64;
         }
-        usage.n_bytes += bytes::matrix(&state.weights.lm_head);
         usage.n_tokens += 1;
         Ok(())
     }
@@ -302,12 +310,6 @@ impl<'m> ModelState<'m> {
             RowChoice::RowThresholds(_) => scored(DeviceThresholds::PerRow(of_rows())),
         }
     }
-
-    /// Bytes that `layer` needed of its MLP for a token.
-    fn mlp_bytes(&self, layer: usize, rows: &RowChoice, counts: &MlpCounts) -> u64 {
-        let w = &self.weights.layers[layer];
-        bytes::mlp(&w.mlp, &rows_of(rows, w), counts)
-    }
 }
 
 impl<'m> Engine<'m> for CudaEngine<'m> {
@@ -376,6 +378,14 @@ impl<'m> Engine<'m> for CudaEngine<'m> {
             Chosen::Empty => Err(SampleError::Empty),
             Chosen::BadLogit => Err(self.bad_logit()?),
         }))
+    }
+
+    fn time_steps(
+        &mut self,
+        tokens: &[u32],
+        first_position: usize,
+    ) -> Result<Option<Vec<Step>>, RuntimeError> {
+        self.time_kernel_steps(tokens, first_position).map(Some)
     }
 
     fn forward_batch(
@@ -466,11 +476,6 @@ fn angles(config: &ModelConfig, n_positions: usize) -> (Vec<f32>, Vec<f32>) {
         rope.fill(position, cos, sin);
     }
     (cos, sin)
-}
-
-/// Bytes of the projections around attention.
-fn attention_bytes(w: &LayerWeights<'_>) -> u64 {
-    [&w.w_q, &w.w_k, &w.w_v, &w.w_o].map(bytes::matrix).iter().sum()
 }
 
 fn element_bytes<'a>(elements: &Elements<'a>) -> &'a [u8] {
