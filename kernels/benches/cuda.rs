@@ -305,12 +305,18 @@ impl Bench {
         self.shape.f * self.shape.d.div_ceil(32) * 4
     }
 
-    fn planes(&self, layer: usize, predictor: Predictor) -> DevicePlanes<'_> {
+    /// Planes of W_gate, one after the other.
+    fn plane_bits(&self, layer: usize, predictor: Predictor) -> View<'_> {
         let (weights, offset) = (self.layers[layer].weights.view(), self.shape.offsets()[7] * 2);
+        weights.slice(offset, predictor.n_planes() * self.plane_bytes())
+    }
+
+    fn planes(&self, layer: usize, predictor: Predictor) -> DevicePlanes<'_> {
+        let planes = self.plane_bits(layer, predictor);
         let (n_low, n_bytes) = (predictor.n_planes() - 1, self.plane_bytes());
         DevicePlanes {
-            signs: weights.slice(offset, n_bytes),
-            low: (n_low > 0).then(|| weights.slice(offset + n_bytes, n_low * n_bytes)),
+            signs: planes.slice(0, n_bytes),
+            low: (n_low > 0).then(|| planes.slice(n_bytes, n_low * n_bytes)),
         }
     }
 
@@ -620,6 +626,9 @@ impl Bench {
             let [n_up, n_down] = if mode == Mode::Dense { [f as f64; 2] } else { [n_active; 2] };
             if verbose {
                 if let Mode::Predicted(predictor) = mode {
+                    let sum = self.scores.view().slice(0, 4);
+                    let read = |layer| self.device.read_all(self.plane_bits(layer, predictor), sum);
+                    line("read of its bits alone", each(&read)?, layers, signs);
                     line(
                         &format!("predictor {predictor:?} alone"),
                         each(&|layer| self.predict(layer, predictor))?,

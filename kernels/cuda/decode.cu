@@ -55,7 +55,7 @@ constexpr int KV_DIMS = 8;
 constexpr int VEC_LOADS = 8;
 // Rows of sign words in a slot of the ring.
 constexpr int UNIT_ROWS = 16;
-// Rows of sign words that a warp counts side by side.
+// Rows of sign words that a warp counts side by side, with as many lanes each.
 constexpr int SIGN_ROWS = 4;
 // In the lists that the loading warp follows, where no row is yet.
 constexpr int NOT_LISTED = -1;
@@ -1069,47 +1069,55 @@ struct Decoder : Layout<T> {
         }
     }
 
-    // kept = the block's rows whose signs pass the limit. Lanes hold words.
+    // kept = the block's rows whose signs pass the limit, SIGN_ROWS of a warp side by side, the warps on as many units of the
+    // ring as they make.
     __device__ __forceinline__ void predict(const DecodeLayer& w) {
+        constexpr int LANES = WARP / SIGN_ROWS;
+        constexpr int GROUPS = UNIT_ROWS / SIGN_ROWS;
         const auto mine = share(MLP);
         const int words = n_words();
+        const int n_units = (mine.count + UNIT_ROWS - 1) / UNIT_ROWS;
+        const int n_at_once = a.ringed_signs ? min(DECODE_WARPS / GROUPS, a.n_slots) : DECODE_WARPS / GROUPS;
+        // Else a warp that reads nothing of a unit could pass its slot twice.
+        const bool has_room = n_units <= a.n_slots;
 #pragma unroll 1
-        for (int first = 0; first < mine.count; first += UNIT_ROWS) {
-            const int n_rows = min(UNIT_ROWS, mine.count - first);
-            const int begin = (warp_id() - first / SIGN_ROWS & DECODE_WARPS - 1) * SIGN_ROWS;
-            if (begin < n_rows) {
-                uint32_t counts[SIGN_ROWS] = {};
-                const auto count = [&](const uint32_t* rows) {
-#pragma unroll 4
-                    for (int word = lane_id(); word < words; word += WARP) {
-                        const uint32_t x = x_signs()[word];
-#pragma unroll
-                        for (int r = 0; r < SIGN_ROWS; r++) {
-                            counts[r] += __popc(rows[min(begin + r, n_rows - 1) * words + word] ^ x);
-                        }
-                    }
-                };
+        for (int unit = 0; unit < n_units; unit += n_at_once) {
+            const int of_warp = warp_id() / GROUPS;
+            const int first = unit * UNIT_ROWS + warp_id() * SIGN_ROWS;
+            if (of_warp < min(n_at_once, n_units - unit) && first < mine.count) {
+                const int row = first + lane_id() / LANES;
+                // The last row stands in for those that are not there.
+                const int there = min(row, mine.count - 1);
+                const uint32_t limit = limit_of(w.limits, w.limit, mine.begin + there);
+                uint32_t differ = 0;
                 if (a.ringed_signs) {
-                    count(reinterpret_cast<const uint32_t*>(ring.arrived(0)));
+                    const uint4* from = reinterpret_cast<const uint4*>(ring.arrived(of_warp));
+                    from += there % UNIT_ROWS * (words / 4);
+                    const uint4* x = reinterpret_cast<const uint4*>(x_signs());
+#pragma unroll 4
+                    for (int i = lane_id() % LANES; i < words / 4; i += LANES) {
+                        const uint4 v = from[i];
+                        differ += __popc(v.x ^ x[i].x) + __popc(v.y ^ x[i].y);
+                        differ += __popc(v.z ^ x[i].z) + __popc(v.w ^ x[i].w);
+                    }
                 } else {
-                    count(w.signs + static_cast<int64_t>(mine.begin + first) * words);
+                    const uint32_t* from = w.signs + static_cast<int64_t>(mine.begin + there) * words;
+#pragma unroll 4
+                    for (int i = lane_id() % LANES; i < words; i += LANES) {
+                        differ += __popc(__ldg(from + i) ^ x_signs()[i]);
+                    }
                 }
-                uint32_t of_lane = 0;
 #pragma unroll
-                for (int r = 0; r < SIGN_ROWS; r++) {
-                    const uint32_t count = __reduce_add_sync(0xffffffffu, counts[r]);
-                    of_lane = lane_id() == r ? count : of_lane;
+                for (int offset = LANES / 2; offset > 0; offset /= 2) {
+                    differ += __shfl_xor_sync(0xffffffffu, differ, offset);
                 }
-                const int row = first + begin + lane_id();
-                bool keep = lane_id() < SIGN_ROWS && row < mine.count;
-                if (keep) {
-                    keep = of_lane <= limit_of(w.limits, w.limit, mine.begin + row);
-                }
-                keep_rows(keep, row);
+                keep_rows(lane_id() % LANES == 0 && row < mine.count && differ <= limit, row);
             }
             if (a.ringed_signs) {
-                ring.arrived(0);
-                ring.pass(1);
+                ring.pass(min(n_at_once, n_units - unit));
+                if (!has_room) {
+                    sync();
+                }
             }
         }
     }

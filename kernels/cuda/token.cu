@@ -127,9 +127,14 @@ extern "C" __global__ __launch_bounds__(512) void read_all(const __grid_constant
             sum ^= v[k].x ^ v[k].y ^ v[k].z ^ v[k].w;
         }
     }
-    for (; i < a.n; i += stride) {
-        const uint4 v = load_weights(a.memory + i);
-        sum ^= v.x ^ v.y ^ v.z ^ v.w;
+    uint4 v[7];
+#pragma unroll
+    for (int k = 0; k < 7; k++) {
+        v[k] = i + k * stride < a.n ? load_weights(a.memory + i + k * stride) : make_uint4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (int k = 0; k < 7; k++) {
+        sum ^= v[k].x ^ v[k].y ^ v[k].z ^ v[k].w;
     }
     if (sum == 0x5eed5eed) {
         *a.sum = sum;

@@ -19,8 +19,8 @@ const LAYERS_MAX: usize = 128;
 /// Most slots of the ring, and bytes that its slots begin at a multiple of.
 const SLOTS_MAX: usize = 64;
 const RING_ALIGN: usize = 128;
-/// Bytes that a block has on their way through the ring, enough for an H100's bandwidth and latency; and where nobody waits
-/// for them yet, so that what the block does wait for does not come behind them.
+/// Bytes that a block has on their way through the ring, enough for an H100's bandwidth and latency, but no fewer rows than
+/// a product takes; and where nobody waits for them yet, so that what the block does wait for does not come behind them.
 const IN_FLIGHT_BYTES: usize = 64 << 10;
 const IN_FLIGHT_IDLE_BYTES: usize = 24 << 10;
 /// Bytes of the next layer that a block asks L2 for while memory has nothing to do.

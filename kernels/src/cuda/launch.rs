@@ -877,8 +877,11 @@ impl Device {
         unsafe { self.launch("advance", [1, 1, 1], 1, 0, &state.address()) }
     }
 
-    /// Reads all of `memory`.
-    pub(super) fn read_all(&self, memory: View<'_>, sum: View<'_>) -> Result<(), CudaError> {
+    /// Reads all of `memory` and does nothing else, for its time.
+    ///
+    /// # Errors
+    /// [`CudaError::Shape`] with less than 4 bytes for `sum`, which may be written.
+    pub fn read_all(&self, memory: View<'_>, sum: View<'_>) -> Result<(), CudaError> {
         check("bytes of a sum", 4, sum.len_bytes())?;
         let args =
             ReadAllArgs { memory: memory.address(), sum: sum.address(), n: (memory.len_bytes() / 16) as i64 };
