@@ -115,6 +115,11 @@ fn session<'m>(
     let session = Session::on(cli.device, model, &options, &mut |n_done, n_all| progress.show(n_done, n_all));
     progress.clear();
     let mut session = session?;
+    if !cli.quiet {
+        for device in session.passed_over() {
+            say(format_args!("note: passed over {device}"));
+        }
+    }
     if let Some(kl) = cli.budget {
         session.set_budget(kl)?;
         session.set_mode(mode, cli.alpha_scale)?;

@@ -126,6 +126,8 @@ pub struct LayerUsage {
 pub struct Session<'m> {
     model: &'m Model,
     engine: Box<dyn Engine<'m> + 'm>,
+    /// Devices that [`Device::Auto`] did not take, and why.
+    passed_over: Vec<String>,
     n_positions: usize,
     n_positions_max: usize,
     n_batch_max: usize,
@@ -153,7 +155,7 @@ impl<'m> Session<'m> {
     }
 
     /// As [`Session::new`], on `device`; [`Device::Auto`] takes the first CUDA device that has room for the model, else
-    /// the CPU, and [`Session::backend`] says which. `progress` hears how many bytes of how many are on their way to a
+    /// the CPU; [`Session::backend`] says which, [`Session::passed_over`] why not another. `progress` hears how many bytes of how many are on their way to a
     /// device with memory of its own.
     ///
     /// # Errors
@@ -169,10 +171,11 @@ impl<'m> Session<'m> {
             return Err(RuntimeError::ContextTooLong { wanted: options.n_positions_max, max });
         }
         let options = SessionOptions { n_batch_max: options.n_batch_max.max(1), ..options.clone() };
+        let mut passed_over = Vec::new();
         let engine: Box<dyn Engine<'m> + 'm> = match device {
             Device::Cpu => Box::new(CpuEngine::new(model, &options)),
             Device::Cuda(index) => Box::new(CudaEngine::new(model, index as usize, &options, progress)?),
-            Device::Auto => match CudaEngine::first_that_fits(model, &options, progress) {
+            Device::Auto => match CudaEngine::first_that_fits(model, &options, progress, &mut passed_over) {
                 Some(engine) => Box::new(engine),
                 None => Box::new(CpuEngine::new(model, &options)),
             },
@@ -180,6 +183,7 @@ impl<'m> Session<'m> {
         let mut session = Self {
             model,
             engine,
+            passed_over,
             n_positions: 0,
             n_positions_max: options.n_positions_max,
             n_batch_max: options.n_batch_max,
@@ -390,6 +394,11 @@ impl<'m> Session<'m> {
             0 => engine,
             n_layers => format!("{engine}, {n_layers} layers exact as it lacks their predictor"),
         }
+    }
+
+    /// The GPUs that [`Device::Auto`] found and did not take, each with the reason: `cuda:0: out of memory ...`.
+    pub fn passed_over(&self) -> &[String] {
+        &self.passed_over
     }
 
     /// The limits on n_neg, or thresholds on scores, that decoding uses, one per layer (the widest where rows have

@@ -73,17 +73,22 @@ struct ModelState<'m> {
 }
 
 impl<'m> CudaEngine<'m> {
-    /// The engine of the first device that has room for `model`.
+    /// The engine of the first device that has room for `model`; `passed_over` gets those before it, and why.
     pub(crate) fn first_that_fits(
         model: &'m Model,
         options: &SessionOptions,
         progress: &mut dyn FnMut(usize, usize),
+        passed_over: &mut Vec<String>,
     ) -> Option<Self> {
         if !kernels::cuda::is_built_in() {
             return None;
         }
         let devices = kernels::cuda::list_devices().ok()?;
-        devices.iter().find_map(|device| Self::new(model, device.ordinal, options, progress).ok())
+        devices.iter().find_map(|device| {
+            Self::new(model, device.ordinal, options, progress)
+                .map_err(|error| passed_over.push(format!("cuda:{}: {error}", device.ordinal)))
+                .ok()
+        })
     }
 
     /// Opens device `ordinal` and brings `model` to it.
