@@ -124,7 +124,7 @@ struct DecodeArgs {
     int32_t n_slots;
     int32_t in_flight;       // rows on their way at once
     int32_t in_flight_idle;  // the same while their phase has not begun
-    int32_t ahead_rows;    // rows of the next layer that L2 is asked for
+    int32_t ahead_rows;      // rows of the next layer that L2 is asked for
     int32_t product_rows;  // rows of a product: what half of the ring holds, at most PRODUCT_ROWS
     int32_t vec_floats;    // room for the vector, and for what attention passes between warps
     int32_t tile_rows;     // rows whose partial sums there is room for, an even number
@@ -228,7 +228,7 @@ struct Layout {
         uint64_t has_kept;    // kept rows are all listed, once a layer that predicts
         uint64_t has_active;  // so are active rows, once a layer that lists them
         uint64_t has_phase;   // the rows of the next phase are waited for
-        uint64_t may_load;    // the grid has passed the phase before the predictor's, and kept rows are cleared
+        uint64_t may_load;    // the grid has passed the phase before the MLP, and the lists of rows are empty
     };
     __device__ __forceinline__ static Lists& lists() {
         __shared__ Lists all;

@@ -155,8 +155,8 @@ impl<'m> Session<'m> {
     }
 
     /// As [`Session::new`], on `device`; [`Device::Auto`] takes the first CUDA device that has room for the model, else
-    /// the CPU; [`Session::backend`] says which, [`Session::passed_over`] why not another. `progress` hears how many bytes of how many are on their way to a
-    /// device with memory of its own.
+    /// the CPU; [`Session::backend`] says which, [`Session::passed_over`] why not another. `progress` hears how many bytes
+    /// of how many are on their way to a device with memory of its own.
     ///
     /// # Errors
     /// As [`Session::new`]; [`RuntimeError::Cuda`].
