@@ -109,6 +109,11 @@ __device__ __forceinline__ void unpack<__nv_bfloat16>(uint4 raw, float (&out)[8]
     }
 }
 
+// Bits of 16 bytes that differ.
+__device__ __forceinline__ uint32_t n_differ(uint4 a, uint4 b) {
+    return __popc(a.x ^ b.x) + __popc(a.y ^ b.y) + __popc(a.z ^ b.z) + __popc(a.w ^ b.w);
+}
+
 // The same value on every lane: lanes add in a fixed tree.
 __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll

@@ -51,11 +51,9 @@ constexpr int DECODE_THREADS = DECODE_WARPS * WARP;
 constexpr int DECODE_BLOCK = DECODE_THREADS + 4 * WARP;
 constexpr int KV_IN_FLIGHT = 10;
 constexpr int KV_DIMS = 8;
-// Four columns for each thread at a time: vectors of at most 8192.
-constexpr int VEC_LOADS = 8;
 // Rows of sign words in a slot of the ring.
 constexpr int UNIT_ROWS = 16;
-// Rows of sign words that a warp counts side by side, with as many lanes each.
+// Rows of sign words that a warp counts side by side.
 constexpr int SIGN_ROWS = 4;
 // In the lists that the loading warp follows, where no row is yet.
 constexpr int NOT_LISTED = -1;
@@ -432,7 +430,9 @@ struct Loader {
     }
 };
 
-template <typename T>
+// VEC_LOADS: so many times a thread has four columns of a vector. Columns that a model has not cost 2 % a token, though all
+// branch around them: instructions come from a cache.
+template <typename T, int VEC_LOADS>
 struct Decoder : Layout<T> {
     using Layout<T>::a;
     using Layout<T>::memory;
@@ -461,11 +461,6 @@ struct Decoder : Layout<T> {
 
     __device__ __forceinline__ static float* scratch() {
         __shared__ float floats[WARP];
-        return floats;
-    }
-    // unscale of each warp.
-    __device__ __forceinline__ static float* unscales() {
-        __shared__ float floats[DECODE_WARPS];
         return floats;
     }
     __device__ __forceinline__ static void sync() { Computing::sync(); }
@@ -607,9 +602,6 @@ struct Decoder : Layout<T> {
         }
         const float2 scale = x.scale_of(largest);
         unscale = scale.y;
-        if (lane_id() == 0) {
-            unscales()[warp_id()] = unscale;
-        }
 #pragma unroll
         for (int k = 0; k < VEC_LOADS; k++) {
             const int col = first + k * LOAD_COLS;
@@ -618,12 +610,6 @@ struct Decoder : Layout<T> {
             }
         }
         __syncwarp();
-    }
-
-    // Columns col to col + 3 of the vector of d columns; zeros past its end.
-    __device__ __forceinline__ float4 vec_at(int col) const {
-        return col < a.d ? scaled(vec(a.d).at(col), unscales()[col / CHUNK_COLS % DECODE_WARPS])
-                         : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     }
 
     // A norm's weights of a thread's columns, asked for here: the vector that they belong to comes later.
@@ -956,6 +942,7 @@ struct Decoder : Layout<T> {
 
     // v = the chunks of attention, merged.
     __device__ __forceinline__ void merge_attention(int position, float4 (&v)[VEC_LOADS]) const {
+        constexpr int COLS = VEC_LOADS < MERGE_COLS ? VEC_LOADS : MERGE_COLS;
         const int splits = n_splits(position + 1);
         const int first = first_column();
         // Behind the weights.
@@ -971,13 +958,13 @@ struct Decoder : Layout<T> {
             v[k] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         }
 #pragma unroll
-        for (int base = 0; base < VEC_LOADS; base += MERGE_COLS) {
+        for (int base = 0; base < VEC_LOADS; base += COLS) {
 #pragma unroll 1
             for (int from = 0; from < splits && has_columns(base, a.q_cols); from += MERGE_SPLITS) {
-                float4 values[MERGE_COLS][MERGE_SPLITS];
-                int heads[MERGE_COLS];
+                float4 values[COLS][MERGE_SPLITS];
+                int heads[COLS];
 #pragma unroll
-                for (int c = 0; c < MERGE_COLS; c++) {
+                for (int c = 0; c < COLS; c++) {
                     const int i = min(first + (base + c) * LOAD_COLS, a.q_cols - 4);
                     heads[c] = __float2int_rd((static_cast<float>(i) + 0.5f) * 0.5f * a.heads_per_pair);
                     const int at = (heads[c] * a.n_splits_max + from) * a.head_dim + i - heads[c] * a.head_dim;
@@ -993,12 +980,12 @@ struct Decoder : Layout<T> {
                     weigh_splits(splits, parts);
                 }
 #pragma unroll
-                for (int c = 0; c < MERGE_COLS; c++) {
+                for (int c = 0; c < COLS; c++) {
                     const float* weights = tile() + heads[c] * splits + from;
 #pragma unroll
                     for (int s = 0; s < MERGE_SPLITS; s++) {
                         const float weight = from + s < splits ? weights[s] : 0.0f;
-                        if (first + (base + c) * LOAD_COLS < a.q_cols) {
+                        if (base + c < VEC_LOADS && first + (base + c) * LOAD_COLS < a.q_cols) {
                             v[base + c] = add(v[base + c], scaled(values[c][s], weight));
                         }
                     }
@@ -1023,103 +1010,109 @@ struct Decoder : Layout<T> {
         }
     }
 
-    // The vector in 8 bits to x_planes; returns its scale. Needs a barrier before, ends past one.
-    __device__ __forceinline__ float quantise_vec() const {
-        const float scale = quantise<Computing>(
-            n_words(), x_planes(), reinterpret_cast<uint32_t*>(scratch()), [&](int col) { return vec_at(col); }
-        );
+    // The vector v of d columns in 8 bits to x_planes; returns its scale. Ends past a barrier.
+    __device__ __forceinline__ float quantise_vec(const float4 (&v)[VEC_LOADS]) const {
+        const int first = first_column();
+        uint32_t largest = 0;
+#pragma unroll
+        for (int k = 0; k < VEC_LOADS; k++) {
+            largest = max(largest, largest_of(v[k]));
+        }
+        // The norm's sum may still be read from the words before.
+        uint32_t* words = reinterpret_cast<uint32_t*>(scratch() + DECODE_WARPS);
+        const float scale = scale_of(block_max<Computing>(largest, words));
+#pragma unroll
+        for (int k = 0; k < VEC_LOADS; k++) {
+            const int col = first + k * LOAD_COLS;
+            if (has_columns(k, a.d) && col < x_planes_steps(n_words()) * STEP_WORDS * WARP) {
+                store_planes(x_planes(), col, v[k], scale);
+            }
+        }
         sync();
         return scale;
     }
 
-    // kept = the block's rows whose score passes the threshold; x_scale is that of x_planes.
-    __device__ __forceinline__ void predict_scores(const DecodeLayer& w, float x_scale) {
+    // kept = the block's rows of which keeps(row, slot, limit) is true, ROWS of a warp side by side, the warps on as many
+    // units as they make. Lanes that share a row call it alike; its planes lie in the ring from slot on.
+    template <int ROWS, typename Keeps>
+    __device__ __forceinline__ void predict(const DecodeLayer& w, int n_planes, const Keeps& keeps) {
+        constexpr int LANES = WARP / ROWS;
+        constexpr int GROUPS = UNIT_ROWS / ROWS;
         const auto mine = share(MLP);
-        const BitRows bits = bit_rows(w);
-#pragma unroll 1
-        for (int first = 0; first < mine.count; first += UNIT_ROWS) {
-            const int n_rows = min(UNIT_ROWS, mine.count - first);
-            // Groups of rows go to the warps in turn.
-            const int begin = (warp_id() - first / SCORE_ROWS & DECODE_WARPS - 1) * SCORE_ROWS;
-            const bool counts_rows = begin < n_rows;
-            // Four lanes share a row; the last row stands in for those that are not there.
-            const int i = min(begin + lane_id() / 4, n_rows - 1);
-            int score = 0;
-            if (a.ringed_signs) {
-                ScoreCounts counts;
-#pragma unroll 1
-                for (int plane = 0; plane < bits.n_planes; plane++) {
-                    const uint4* row = reinterpret_cast<const uint4*>(ring.arrived(0)) + i * (bits.n_words / 4);
-                    if (counts_rows) {
-                        counts.add_plane(bits.n_words, x_planes(), [&](int word) { return row[word / 4]; });
-                    }
-                    ring.pass(1);
-                }
-                score = counts.score();
-            } else if (counts_rows) {
-                score = bits.score(mine.begin + first + i, x_planes());
-            }
-            if (counts_rows) {
-                bool keep = lane_id() % 4 == 0 && begin + lane_id() / 4 < n_rows;
-                if (keep) {
-                    keep = is_kept(score, limit_of(w.limits, w.limit, mine.begin + first + i), x_scale);
-                }
-                keep_rows(keep, first + i);
-            }
-        }
-    }
-
-    // kept = the block's rows whose signs pass the limit, SIGN_ROWS of a warp side by side, the warps on as many units of the
-    // ring as they make.
-    __device__ __forceinline__ void predict(const DecodeLayer& w) {
-        constexpr int LANES = WARP / SIGN_ROWS;
-        constexpr int GROUPS = UNIT_ROWS / SIGN_ROWS;
-        const auto mine = share(MLP);
-        const int words = n_words();
         const int n_units = (mine.count + UNIT_ROWS - 1) / UNIT_ROWS;
-        const int n_at_once = a.ringed_signs ? min(DECODE_WARPS / GROUPS, a.n_slots) : DECODE_WARPS / GROUPS;
+        constexpr int N_AT_ONCE = DECODE_WARPS / GROUPS;
+        const int n_at_once = a.ringed_signs ? min(N_AT_ONCE, a.n_slots / n_planes) : N_AT_ONCE;
         // Else a warp that reads nothing of a unit could pass its slot twice.
-        const bool has_room = n_units <= a.n_slots;
+        const bool has_room = n_units * n_planes <= a.n_slots;
+        const int of_warp = warp_id() / GROUPS;
 #pragma unroll 1
         for (int unit = 0; unit < n_units; unit += n_at_once) {
-            const int of_warp = warp_id() / GROUPS;
-            const int first = unit * UNIT_ROWS + warp_id() * SIGN_ROWS;
-            if (of_warp < min(n_at_once, n_units - unit) && first < mine.count) {
+            const int first = unit * UNIT_ROWS + warp_id() * ROWS;
+            if (of_warp < n_at_once && first < mine.count) {
                 const int row = first + lane_id() / LANES;
                 // The last row stands in for those that are not there.
                 const int there = min(row, mine.count - 1);
-                const uint32_t limit = limit_of(w.limits, w.limit, mine.begin + there);
-                uint32_t differ = 0;
-                if (a.ringed_signs) {
-                    const uint4* from = reinterpret_cast<const uint4*>(ring.arrived(of_warp));
-                    from += there % UNIT_ROWS * (words / 4);
-                    const uint4* x = reinterpret_cast<const uint4*>(x_signs());
-#pragma unroll 4
-                    for (int i = lane_id() % LANES; i < words / 4; i += LANES) {
-                        const uint4 v = from[i];
-                        differ += __popc(v.x ^ x[i].x) + __popc(v.y ^ x[i].y);
-                        differ += __popc(v.z ^ x[i].z) + __popc(v.w ^ x[i].w);
-                    }
-                } else {
-                    const uint32_t* from = w.signs + static_cast<int64_t>(mine.begin + there) * words;
-#pragma unroll 4
-                    for (int i = lane_id() % LANES; i < words; i += LANES) {
-                        differ += __popc(__ldg(from + i) ^ x_signs()[i]);
-                    }
-                }
-#pragma unroll
-                for (int offset = LANES / 2; offset > 0; offset /= 2) {
-                    differ += __shfl_xor_sync(0xffffffffu, differ, offset);
-                }
-                keep_rows(lane_id() % LANES == 0 && row < mine.count && differ <= limit, row);
+                const bool keep = keeps(there, of_warp * n_planes, limit_of(w.limits, w.limit, mine.begin + there));
+                keep_rows(lane_id() % LANES == 0 && row < mine.count && keep, row);
             }
             if (a.ringed_signs) {
-                ring.pass(min(n_at_once, n_units - unit));
+                ring.pass(min(n_at_once, n_units - unit) * n_planes);
                 if (!has_room) {
                     sync();
                 }
             }
         }
+    }
+
+    // The words of a row of the block in its unit, in a slot of the ring.
+    __device__ __forceinline__ const uint4* words_of(int row, int slot) const {
+        return reinterpret_cast<const uint4*>(ring.arrived(slot)) + row % UNIT_ROWS * (n_words() / 4);
+    }
+
+    // kept = the block's rows whose signs differ from those of the vector in no more places than their limit.
+    __device__ __forceinline__ void predict_signs(const DecodeLayer& w) {
+        constexpr int LANES = WARP / SIGN_ROWS;
+        const int begin = share(MLP).begin;
+        predict<SIGN_ROWS>(w, 1, [&](int row, int slot, uint32_t limit) {
+            uint32_t differ = 0;
+            if (a.ringed_signs) {
+                const uint4* words = words_of(row, slot);
+                const uint4* x = reinterpret_cast<const uint4*>(x_signs());
+#pragma unroll 4
+                for (int i = lane_id() % LANES; i < n_words() / 4; i += LANES) {
+                    differ += n_differ(words[i], x[i]);
+                }
+            } else {
+                const uint32_t* words = bit_rows(w).row(0, begin + row);
+#pragma unroll 4
+                for (int i = lane_id() % LANES; i < n_words(); i += LANES) {
+                    differ += __popc(__ldg(words + i) ^ x_signs()[i]);
+                }
+            }
+#pragma unroll
+            for (int offset = LANES / 2; offset > 0; offset /= 2) {
+                differ += __shfl_xor_sync(0xffffffffu, differ, offset);
+            }
+            return differ <= limit;
+        });
+    }
+
+    // kept = the block's rows whose score passes the threshold; x_scale is that of x_planes.
+    __device__ __forceinline__ void predict_scores(const DecodeLayer& w, float x_scale) {
+        const BitRows bits = bit_rows(w);
+        const int begin = share(MLP).begin;
+        predict<SCORE_ROWS>(w, bits.n_planes, [&](int row, int slot, uint32_t limit) {
+            if (!a.ringed_signs) {
+                return is_kept(bits.score(begin + row, x_planes()), limit, x_scale);
+            }
+            ScoreCounts counts;
+#pragma unroll 1
+            for (int plane = 0; plane < bits.n_planes; plane++) {
+                const uint4* words = words_of(row, slot + plane);
+                counts.add_plane(bits.n_words, x_planes(), [&](int word) { return words[word / 4]; });
+            }
+            return is_kept(counts.score(), limit, x_scale);
+        });
     }
 
     // Empties the lists of rows; needs a barrier of the block, and the loading warp past the last lists.
@@ -1165,13 +1158,14 @@ struct Decoder : Layout<T> {
         }
     }
 
-    // kept = the block's rows that the predictor keeps; the loading warp brings them. Ends past a barrier of the block.
-    __device__ __forceinline__ void list_kept(const DecodeLayer& w) {
-        sync();
+    // kept = the block's rows that the predictor keeps, x_scale as for predict_scores; the loading warp brings them. Ends
+    // past a barrier of the block.
+    __device__ __forceinline__ void list_kept(const DecodeLayer& w, float x_scale) {
         if (w.n_planes > 0) {
-            predict_scores(w, quantise_vec());
+            predict_scores(w, x_scale);
         } else {
-            predict(w);
+            sync();
+            predict_signs(w);
         }
         sync();
         if (threadIdx.x == 0) {
@@ -1342,7 +1336,7 @@ struct Decoder : Layout<T> {
     }
 };
 
-template <typename T>
+template <typename T, int VEC_LOADS>
 __device__ __forceinline__ void decode(const DecodeArgs& a) {
     const Layout<T> layout{a};
     auto& lists = layout.lists();
@@ -1365,7 +1359,7 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
     }
     take_registers();
 
-    Decoder<T> m(layout);
+    Decoder<T, VEC_LOADS> m(layout);
     const uint32_t token = min(__ldcg(&a.state->token), static_cast<uint32_t>(a.vocab_size - 1));
     const int position = static_cast<int>(min(__ldcg(&a.state->position), static_cast<uint32_t>(a.n_positions_max - 1)));
     m.arrivals_before = __ldcg(a.sync + 1);
@@ -1392,6 +1386,7 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
             n *= 2;
         }
         int n_held = 0;
+        float x_scale = 0.0f;
         if (phase == OUT) {
             // Waits, when it has asked for the keys and values that are there already.
             m.attention(layer, position);
@@ -1400,7 +1395,7 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
         }
         if (phase != UP_ROWS) {
             // The first rows go into registers before the vector is there, so that the ring has room for more.
-            typename Decoder<T>::HeldRows rows;
+            typename Decoder<T, VEC_LOADS>::HeldRows rows;
             n_held = m.holds(n_cols) && !predicts ? min(a.product_rows, n) : 0;
             m.hold_rows(n_cols, n_held, rows);
             float4 weight[VEC_LOADS];
@@ -1413,7 +1408,7 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
             if (phase == OUT) {
                 m.merge_attention(position, v);
             } else {
-                m.normalise(weight, layer == 0 && phase == QKV, token, predicts, v);
+                m.normalise(weight, layer == 0 && phase == QKV, token, predicts && w.n_planes == 0, v);
             }
             m.store_vec(n_cols, v);
             if constexpr (sizeof(T) == 2) {
@@ -1425,9 +1420,12 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
             if (threadIdx.x == 0) {
                 arrive_at(&lists.has_phase);
             }
+            if (predicts && w.n_planes > 0) {
+                x_scale = m.quantise_vec(v);
+            }
         }
         if (predicts) {
-            m.list_kept(w);
+            m.list_kept(w, x_scale);
             n = lists.n_kept;
         }
         // Kept rows a product at a time, as the loading warp waits for those that are active.
@@ -1515,12 +1513,21 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
     m.store_marks();
 }
 
-extern "C" __global__ __launch_bounds__(DECODE_BLOCK, 1) void decode_f32(const __grid_constant__ DecodeArgs a) {
-    decode<float>(a);
-}
-extern "C" __global__ __launch_bounds__(DECODE_BLOCK, 1) void decode_f16(const __grid_constant__ DecodeArgs a) {
-    decode<__half>(a);
-}
-extern "C" __global__ __launch_bounds__(DECODE_BLOCK, 1) void decode_bf16(const __grid_constant__ DecodeArgs a) {
-    decode<__nv_bfloat16>(a);
-}
+// decode_TYPE_N: vectors of at most 1024 N columns. f32 is not for speed and has one.
+#define DECODE(NAME, T, VEC_LOADS)                                                                        \
+    extern "C" __global__ __launch_bounds__(DECODE_BLOCK, 1) void decode_##NAME##_##VEC_LOADS(            \
+        const __grid_constant__ DecodeArgs a                                                              \
+    ) {                                                                                                   \
+        decode<T, VEC_LOADS>(a);                                                                          \
+    }
+DECODE(f32, float, 8)
+DECODE(f16, __half, 1)
+DECODE(f16, __half, 2)
+DECODE(f16, __half, 4)
+DECODE(f16, __half, 5)
+DECODE(f16, __half, 8)
+DECODE(bf16, __nv_bfloat16, 1)
+DECODE(bf16, __nv_bfloat16, 2)
+DECODE(bf16, __nv_bfloat16, 4)
+DECODE(bf16, __nv_bfloat16, 5)
+DECODE(bf16, __nv_bfloat16, 8)

@@ -50,9 +50,7 @@ __device__ __forceinline__ uint32_t n_neg(const uint32_t* row, const uint32_t* s
     uint32_t count = 0;
     if (n_words % 4 == 0) {
         for (int word = 4 * lane_id(); word < n_words; word += 4 * WARP) {
-            const uint4 w = load_weights(row + word);
-            const uint4 x = *reinterpret_cast<const uint4*>(signs + word);
-            count += __popc(w.x ^ x.x) + __popc(w.y ^ x.y) + __popc(w.z ^ x.z) + __popc(w.w ^ x.w);
+            count += n_differ(load_weights(row + word), *reinterpret_cast<const uint4*>(signs + word));
         }
     } else {
         for (int word = lane_id(); word < n_words; word += WARP) {
@@ -60,6 +58,29 @@ __device__ __forceinline__ uint32_t n_neg(const uint32_t* row, const uint32_t* s
         }
     }
     return __reduce_add_sync(0xffffffffu, count);
+}
+
+// put(col, x[col]) for columns 0..n_padded, a multiple of WARP, by the threads of a block, whole warps at a time; x is
+// (n_cols,) and 0 past that.
+template <typename Put>
+__device__ __forceinline__ void for_columns(const float* x, int n_cols, int n_padded, const Put& put) {
+    // Columns that a thread has on their way at once.
+    constexpr int COLS = 8;
+    for (int first = threadIdx.x; first < n_padded; first += COLS * blockDim.x) {
+        float of[COLS];
+#pragma unroll
+        for (int i = 0; i < COLS; i++) {
+            const int col = first + i * blockDim.x;
+            of[i] = col < n_cols ? __ldcg(x + col) : 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < COLS; i++) {
+            const int col = first + i * blockDim.x;
+            if (col < n_padded) {
+                put(col, of[i]);
+            }
+        }
+    }
 }
 
 template <typename T>
@@ -94,13 +115,8 @@ __device__ __forceinline__ void gate_up(const GateUpArgs& a) {
         prefetch_first_items<T>(a.cut, 2 * n_rows, both_rows);
     } else if (a.rows == ACTIVE) {
         prefetch_first_items<T>(a.cut, n_rows, gate_row);
-    } else if (a.n_words % 4 == 0) {
-        for (int i = threadIdx.x; i < n_rows; i += blockDim.x) {
-            prefetch_l2(row_signs + i * a.n_words, a.n_words * sizeof(uint32_t));
-            for (int plane = 1; plane < bits.n_planes; plane++) {
-                prefetch_l2(bits.row(plane, begin + i), a.n_words * sizeof(uint32_t));
-            }
-        }
+    } else {
+        bits.prefetch(begin, begin + n_rows);
     }
     wait_for_previous();
 
@@ -205,27 +221,57 @@ struct PredictArgs {
     uint32_t limit;
 };
 
+// Rows that a warp counts side by side: all of its rows at the 7B shape on an H100.
+constexpr int PREDICT_ROWS = 6;
+
 extern "C" __global__ __launch_bounds__(512, 2) void predict(const __grid_constant__ PredictArgs a) {
     extern __shared__ uint4 shared_words[];
     uint32_t* signs = reinterpret_cast<uint32_t*>(shared_words);
     const int n_words = (a.n_cols + WARP - 1) / WARP;
+    const BitRows bits = {a.signs, nullptr, 1, a.n_rows, n_words};
+    const int begin = share_begin(a.n_rows, blockIdx.x, gridDim.x);
+    const int end = share_begin(a.n_rows, blockIdx.x + 1, gridDim.x);
+    bits.prefetch(begin, end);
     wait_for_previous();
-    for (int col = threadIdx.x; col < n_words * WARP; col += blockDim.x) {
-        const bool negative = col < a.n_cols && __ldcg(a.x + col) < 0.0f;
-        const uint32_t word = __ballot_sync(0xffffffffu, negative);
+    for_columns(a.x, a.n_cols, n_words * WARP, [&](int col, float x) {
+        const uint32_t word = __ballot_sync(0xffffffffu, x < 0.0f);
         if (lane_id() == 0) {
             signs[col / WARP] = word;
         }
-    }
+    });
     __syncthreads();
-    const int begin = share_begin(a.n_rows, blockIdx.x, gridDim.x);
-    const int end = share_begin(a.n_rows, blockIdx.x + 1, gridDim.x);
-#pragma unroll 4
-    for (int row = begin + warp_id(); row < end; row += blockDim.x / WARP) {
-        const uint32_t limit = limit_of(a.limits, a.limit, row);
-        const bool skip = n_neg(a.signs + static_cast<int64_t>(row) * n_words, signs, n_words) > limit;
+    const int n_warps = blockDim.x / WARP;
+    const auto put = [&](int row, uint32_t differ) {
         if (lane_id() == 0) {
-            a.skip[row] = skip;
+            a.skip[row] = differ > limit_of(a.limits, a.limit, row);
+        }
+    };
+    if (n_words % 4 != 0) {
+        for (int row = begin + warp_id(); row < end; row += n_warps) {
+            put(row, n_neg(bits.row(0, row), signs, n_words));
+        }
+        return;
+    }
+    for (int first = begin + warp_id(); first < end; first += PREDICT_ROWS * n_warps) {
+        uint32_t differ[PREDICT_ROWS] = {};
+        for (int word = 4 * lane_id(); word < n_words; word += 4 * WARP) {
+            uint4 words[PREDICT_ROWS];
+#pragma unroll
+            for (int i = 0; i < PREDICT_ROWS; i++) {
+                words[i] = load_weights(bits.row(0, min(first + i * n_warps, end - 1)) + word);
+            }
+            const uint4 x = *reinterpret_cast<const uint4*>(signs + word);
+#pragma unroll
+            for (int i = 0; i < PREDICT_ROWS; i++) {
+                differ[i] += n_differ(words[i], x);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < PREDICT_ROWS; i++) {
+            const uint32_t of_row = __reduce_add_sync(0xffffffffu, differ[i]);
+            if (first + i * n_warps < end) {
+                put(first + i * n_warps, of_row);
+            }
         }
     }
 }
@@ -249,20 +295,22 @@ struct PredictScoresArgs {
 extern "C" __global__ __launch_bounds__(512, 2) void predict_scores(const __grid_constant__ PredictScoresArgs a) {
     extern __shared__ uint4 shared_words[];
     __shared__ uint32_t scratch[WARP];
-    uint32_t* planes = reinterpret_cast<uint32_t*>(shared_words);
     const int n_words = (a.n_cols + WARP - 1) / WARP;
+    uint32_t* planes = reinterpret_cast<uint32_t*>(shared_words);
+    float* x = reinterpret_cast<float*>(planes + x_planes_words(n_words));
     const BitRows bits = {a.signs, a.low, static_cast<int>(a.n_planes), a.n_rows, n_words};
+    const int begin = share_begin(a.n_rows, blockIdx.x, gridDim.x);
+    const int end = share_begin(a.n_rows, blockIdx.x + 1, gridDim.x);
+    bits.prefetch(begin, end);
     wait_for_previous();
-    const float scale = quantise(n_words, planes, scratch, [&](int col) {
-        const auto at = [&](int c) { return c < a.n_cols ? __ldcg(a.x + c) : 0.0f; };
-        return make_float4(at(col), at(col + 1), at(col + 2), at(col + 3));
-    });
+    for_columns(a.x, a.n_cols, x_planes_words(n_words) * 4, [&](int col, float of) { x[col] = of; });
+    __syncthreads();
+    const float scale =
+        quantise(n_words, planes, scratch, [&](int col) { return *reinterpret_cast<const float4*>(x + col); });
     __syncthreads();
     if (blockIdx.x == 0 && threadIdx.x == 0) {
         *a.scale = scale;
     }
-    const int begin = share_begin(a.n_rows, blockIdx.x, gridDim.x);
-    const int end = share_begin(a.n_rows, blockIdx.x + 1, gridDim.x);
     bits.scores(begin, end, planes, [&](int row, int32_t score) {
         a.scores[row] = score;
         a.skip[row] = !is_kept(score, limit_of(a.limits, a.limit, row), scale);

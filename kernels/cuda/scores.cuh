@@ -72,32 +72,51 @@ __device__ __forceinline__ uint32_t plane_word(uint32_t bytes) {
                          : (v & 0x0f0f0f0fu) | (other << 4 & 0xf0f0f0f0u);
 }
 
-// x in 8 bits, for the threads of Team: values(col) are the columns from col on, a multiple of 4 below
-// 32 * STEP_WORDS * x_planes_steps(n_words), with zeros past the last. Returns the scale, 0 where x has none (all zero,
-// not finite, too small), to all threads. scratch holds a word for each warp. Needs a barrier before planes are read.
-template <typename Team = WholeBlock, typename Values>
-__device__ __forceinline__ float quantise(int n_words, uint32_t* planes, uint32_t* scratch, const Values& values) {
-    const int n_cols = x_planes_steps(n_words) * STEP_WORDS * WARP;
-    // Magnitudes compare as their bits do, NaN above all.
-    uint32_t largest = 0;
-#pragma unroll 4
-    for (int col = 4 * threadIdx.x; col < n_cols; col += 4 * Team::n_threads()) {
-        const float4 x = values(col);
-        largest = max(largest, max(__float_as_uint(fabsf(x.x)), __float_as_uint(fabsf(x.y))));
-        largest = max(largest, max(__float_as_uint(fabsf(x.z)), __float_as_uint(fabsf(x.w))));
-    }
-    largest = __reduce_max_sync(0xffffffffu, largest);
+// The bits of the largest magnitude of four columns, which compare as the magnitudes do, NaN above all.
+__device__ __forceinline__ uint32_t largest_of(float4 x) {
+    return max(
+        max(__float_as_uint(fabsf(x.x)), __float_as_uint(fabsf(x.y))),
+        max(__float_as_uint(fabsf(x.z)), __float_as_uint(fabsf(x.w)))
+    );
+}
+
+// The scale of an input for the bits of its largest magnitude; 0 where x has none (all zero, not finite, too small).
+__device__ __forceinline__ float scale_of(uint32_t largest) {
+    const float scale = __fdiv_rn(127.0f, __uint_as_float(largest));
+    return scale > 0.0f && scale < INFINITY ? scale : 0.0f;
+}
+
+// Columns col to col + 3 of x, a lane's own, to the planes. Lanes hold neighbouring columns, those of a warp four words.
+__device__ __forceinline__ void store_planes(uint32_t* planes, int col, float4 x, float scale) {
+    planes[x_plane_at(col / WARP, plane_of_lane())] = plane_word(quantised(x, scale));
+}
+
+// The largest over the threads of Team on every one. scratch holds a word for each warp. Ends past a barrier.
+template <typename Team = WholeBlock>
+__device__ __forceinline__ uint32_t block_max(uint32_t v, uint32_t* scratch) {
+    v = __reduce_max_sync(0xffffffffu, v);
     if (lane_id() == 0) {
-        scratch[warp_id()] = largest;
+        scratch[warp_id()] = v;
     }
     Team::sync();
-    largest = __reduce_max_sync(0xffffffffu, lane_id() < Team::n_threads() / WARP ? scratch[lane_id()] : 0);
-    float scale = __fdiv_rn(127.0f, __uint_as_float(largest));
-    scale = scale > 0.0f && scale < INFINITY ? scale : 0.0f;
-    // A warp holds four words.
+    return __reduce_max_sync(0xffffffffu, lane_id() < Team::n_threads() / WARP ? scratch[lane_id()] : 0);
+}
+
+// x in 8 bits, for the threads of a block: values(col) are the columns from col on, a multiple of 4 below
+// 32 * STEP_WORDS * x_planes_steps(n_words), with zeros past the last. Returns the scale to all threads. scratch holds a
+// word for each warp. Needs a barrier before planes are read.
+template <typename Values>
+__device__ __forceinline__ float quantise(int n_words, uint32_t* planes, uint32_t* scratch, const Values& values) {
+    const int n_cols = x_planes_steps(n_words) * STEP_WORDS * WARP;
+    uint32_t largest = 0;
 #pragma unroll 4
-    for (int col = 4 * threadIdx.x; col < n_cols; col += 4 * Team::n_threads()) {
-        planes[x_plane_at(col / WARP, plane_of_lane())] = plane_word(quantised(values(col), scale));
+    for (int col = 4 * threadIdx.x; col < n_cols; col += 4 * blockDim.x) {
+        largest = max(largest, largest_of(values(col)));
+    }
+    const float scale = scale_of(block_max(largest, scratch));
+#pragma unroll 4
+    for (int col = 4 * threadIdx.x; col < n_cols; col += 4 * blockDim.x) {
+        store_planes(planes, col, values(col), scale);
     }
     return scale;
 }
@@ -159,13 +178,24 @@ struct BitRows {
         return plane == 0 ? signs + at : low + static_cast<int64_t>(plane - 1) * n_rows * n_words + at;
     }
 
+    // Asks for the signs of rows begin..end, those of SCORE_ROWS rows at once. Planes below come in the meantime: asked for
+    // here, they delay the signs and what the kernel before still reads.
+    __device__ __forceinline__ void prefetch(int begin, int end) const {
+        if (n_words % 4 != 0 || lane_id() > 0) {
+            return;
+        }
+        for (int first = begin + warp_id() * SCORE_ROWS; first < end; first += blockDim.x / WARP * SCORE_ROWS) {
+            prefetch_l2(row(0, first), min(SCORE_ROWS, end - first) * n_words * sizeof(uint32_t));
+        }
+    }
+
     // The score of this lane's row, the same for the four lanes from a multiple of 4 on. All lanes of a warp call.
     __device__ __forceinline__ int32_t score(int i, const uint32_t* x_planes) const {
         ScoreCounts counts;
         for (int plane = 0; plane < n_planes; plane++) {
             const uint32_t* words = row(plane, i);
             if (n_words % 4 == 0) {
-                counts.add_plane(n_words, x_planes, [&](int word) { return load_weights(words + word); });
+                counts.add_plane<8>(n_words, x_planes, [&](int word) { return load_weights(words + word); });
             } else {
                 counts.add_plane<1>(n_words, x_planes, [&](int word) {
                     const auto at = [&](int k) { return word + k < n_words ? __ldg(words + word + k) : 0; };

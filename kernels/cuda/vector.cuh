@@ -117,23 +117,6 @@ struct Vector {
         }
     }
 
-    // What store was given.
-    __device__ __forceinline__ float4 at(int col) const {
-        if constexpr (sizeof(T) == 4) {
-            return four_of(reinterpret_cast<const float*>(term(0)) + col);
-        } else {
-            float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-            for (int i = N_TERMS<T> - 1; i >= 0; i--) {
-                const uint32_t* from = reinterpret_cast<const uint32_t*>(term(i) + pair_at(col));
-                const float2 low = pair_of<T>(from[0]);
-                const float2 high = pair_of<T>(from[2]);
-                v = make_float4(v.x + low.x, v.y + low.y, v.z + high.x, v.w + high.y);
-            }
-            return v;
-        }
-    }
-
     // Where this lane's 16 bytes lie in the warp's first chunk of the vector's terms and, of weight row lane / 4, of the row:
     // the two halves of a line.
     struct Places {
@@ -202,7 +185,7 @@ struct Vector {
             float sum = 0.0f;
             for (int col = warp * CHUNK_COLS + lane_id() * 4; col < n_cols; col += N_WARPS * CHUNK_COLS) {
                 const float4 w = four_of(reinterpret_cast<const float*>(row) + col);
-                const float4 x = at(col);
+                const float4 x = four_of(reinterpret_cast<const float*>(term(0)) + col);
                 sum = fmaf(w.w, x.w, fmaf(w.z, x.z, fmaf(w.y, x.y, fmaf(w.x, x.x, sum))));
             }
             return warp_sum(sum);

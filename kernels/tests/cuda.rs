@@ -1013,7 +1013,10 @@ proptest! {
     fn a_token_in_one_kernel_is_a_token_in_many(
         kind in 0..3usize, select in 0..6usize, n_kv_heads in 1..5usize, group in 1..5usize,
         head_dim in prop_oneof![Just(32usize), Just(40), Just(64), Just(80), Just(128), Just(256)],
-        d in prop_oneof![Just(256usize), Just(264), Just(512), Just(704), Just(1536), Just(2048), Just(5120)],
+        // For the kernel of every width.
+        d in prop_oneof![
+            Just(256usize), Just(264), Just(512), Just(704), Just(1536), Just(2048), Just(4096), Just(5120), Just(6144)
+        ],
         f in prop_oneof![1..200usize, 1300..1400usize], position in prop_oneof![0..10usize, 120..140usize, 500..520usize],
         seed: u64,
     ) {
@@ -1265,6 +1268,8 @@ fn a_token_keeps_the_rows_of_the_reference() {
         (2, 704, 1400),
         (1, 1536, 4600),
         (1, 4096, 11_008),
+        (2, 5120, 900),
+        (1, 6144, 1100),
         (0, 2048, 5504),
     ] {
         let model = Exact::new(&device, kind, d, f);

@@ -7,14 +7,17 @@ use super::launch::{
 };
 use super::{Buffer, CudaError, Device, DeviceMatrix, DeviceRows, View};
 use crate::shape::check;
-use crate::{Activation, AttentionShape};
+use crate::{Activation, AttentionShape, PLANES_MAX};
 
 /// Warps that compute, and all: of the others one loads.
 const WARPS: usize = 8;
 const BLOCK_WARPS: usize = WARPS + 4;
 const WARP: usize = 32;
-/// Widest vector: `VEC_LOADS` times four columns for each thread.
-const D_MAX: usize = 8 * 4 * WARPS * WARP;
+/// Columns of a vector that the threads of a block load at a time, four each.
+const LOAD_COLS: usize = 4 * WARPS * WARP;
+/// How many times they do, by kernel: the first that has room for the widest vector. Of f32 there is the last alone.
+const VEC_LOADS: [usize; 5] = [1, 2, 4, 5, 8];
+const D_MAX: usize = VEC_LOADS[VEC_LOADS.len() - 1] * LOAD_COLS;
 const LAYERS_MAX: usize = 128;
 /// Most slots of the ring, and bytes that its slots begin at a multiple of.
 const SLOTS_MAX: usize = 64;
@@ -200,6 +203,8 @@ struct Plan {
     shape: AttentionShape,
     d: usize,
     f: usize,
+    /// One of [`VEC_LOADS`].
+    vec_loads: usize,
     head_lanes: usize,
     n_splits_max: usize,
     slot_bytes: usize,
@@ -305,9 +310,13 @@ impl Plan {
         let q_cols = shape.n_heads * shape.head_dim;
         let widest = d.max(q_cols);
         let divides = [d, q_cols].iter().all(|n_cols| (n_cols * element_bytes).is_multiple_of(16));
-        if !divides || widest > D_MAX || !shape.head_dim.is_multiple_of(8) || shape.head_dim > 8 * WARP {
+        if !divides || !shape.head_dim.is_multiple_of(8) || shape.head_dim > 8 * WARP {
             return None;
         }
+        let has_room = |loads: &usize| {
+            widest <= loads * LOAD_COLS && (element_bytes == 2 || *loads * LOAD_COLS == D_MAX)
+        };
+        let vec_loads = VEC_LOADS.into_iter().find(has_room)?;
         let head_lanes = (shape.head_dim / 8).next_power_of_two();
         let n_blocks = device.n_multiprocessors();
         let attention_bytes = (WARPS * head_lanes * 8 + 2 * WARPS) * size_of::<f32>();
@@ -326,10 +335,12 @@ impl Plan {
         let fixed_bytes = vec_bytes + lists_bytes + x_planes_bytes(d.div_ceil(WARP)) + RING_ALIGN;
         let ring_bytes = device.shared_bytes_max().checked_sub(STATIC_BYTES + fixed_bytes)?;
         let n_slots = (ring_bytes / slot_bytes).min(SLOTS_MAX);
-        (n_slots >= 2).then(|| Self {
+        // All planes of a unit lie there at once.
+        (n_slots >= PLANES_MAX).then(|| Self {
             shape: *shape,
             d,
             f,
+            vec_loads,
             head_lanes,
             n_splits_max,
             slot_bytes,
@@ -500,7 +511,7 @@ impl Device {
             heads_per_pair: 2.0 / shape.head_dim as f32,
             layers,
         };
-        let kernel = format!("decode_{}", dtype.suffix());
+        let kernel = format!("decode_{}_{}", dtype.suffix(), plan.vec_loads);
         // SAFETY: every length was checked above; the scratch was made for these widths.
         unsafe { self.launch_together(&kernel, plan.n_blocks, BLOCK_WARPS * WARP, plan.shared_bytes, &args) }
     }

@@ -750,7 +750,8 @@ impl Device {
         let n_words = n_cols.div_ceil(WARP);
         let rows = DeviceRows::Scored { planes: call.planes, thresholds: call.thresholds };
         let rows = RowsArgs::new(&rows, n_rows, n_words)?;
-        let shared_bytes = self.check_shared(x_planes_bytes(n_words))?;
+        // The planes, and the input in f32 for the second pass over it.
+        let shared_bytes = self.check_shared(x_planes_bytes(n_words) * (1 + size_of::<f32>()))?;
         let args = PredictScoresArgs {
             x: call.x.address(),
             signs: rows.signs,

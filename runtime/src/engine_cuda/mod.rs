@@ -43,7 +43,9 @@ pub(crate) struct CudaEngine<'m> {
     prompt: Prompt,
     rows: Vec<RowChoice>,
     logits: HostBuffer,
-    /// Rows kept and active so far, for each layer, as the device counts them; then the token that it drew last.
+    /// The device's report as it was read last: rows kept and active so far, for each layer; then the token drawn.
+    report: HostBuffer,
+    /// Rows kept and active before that token.
     counted: Vec<[u64; 2]>,
     /// Token and position that lie on the device, where a draw has left them.
     next: Option<(u32, usize)>,
@@ -123,7 +125,8 @@ impl<'m> CudaEngine<'m> {
             prompt: Prompt::new(&state, config, options)?,
             rows: vec![RowChoice::All; n_layers],
             logits: state.device.alloc_host(config.vocab_size as usize * size_of::<f32>())?,
-            counted: vec![[0; 2]; n_layers + 1],
+            report: state.device.alloc_host((n_layers + 1) * COUNT_BYTES)?,
+            counted: vec![[0; 2]; n_layers],
             state,
         })
     }
@@ -185,14 +188,20 @@ impl<'m> CudaEngine<'m> {
 
     /// Waits for the device; rows kept and active since the last call, for each layer.
     fn take_counts(&mut self) -> Result<Vec<MlpCounts>, RuntimeError> {
-        let before = self.counted.clone();
-        self.state.device.read(self.state.report.view(), &mut self.counted)?;
-        let since = |(now, before): (&[u64; 2], &[u64; 2])| MlpCounts {
-            n_kept: (now[0] - before[0]) as usize,
-            n_active: (now[1] - before[1]) as usize,
+        self.state.device.read(self.state.report.view(), self.report.bytes_mut())?;
+        let now: &[[u64; 2]] = bytemuck::cast_slice(self.report.bytes());
+        let since = |(before, now): (&mut [u64; 2], &[u64; 2])| {
+            let before = std::mem::replace(before, *now);
+            MlpCounts { n_kept: (now[0] - before[0]) as usize, n_active: (now[1] - before[1]) as usize }
         };
-        let n_layers = self.state.weights.layers.len();
-        Ok(self.counted.iter().zip(&before).take(n_layers).map(since).collect())
+        Ok(self.counted.iter_mut().zip(now).map(since).collect())
+    }
+
+    /// What the draw before the last [`Self::take_counts`] came to.
+    fn chosen(&self) -> Chosen {
+        let report: &[[u64; 2]] = bytemuck::cast_slice(self.report.bytes());
+        // The low half of the entry behind the layers.
+        Chosen::of(report[self.counted.len()][0] as u32)
     }
 
     /// Adds what a token at `position` has read, once it has run.
@@ -373,9 +382,7 @@ impl<'m> Engine<'m> for CudaEngine<'m> {
         self.sampler = Some(sampler);
         stepped?;
         self.count(position, usage)?;
-        // The low half of the entry behind the layers.
-        let code = self.counted[self.state.weights.layers.len()][0] as u32;
-        Ok(Some(match Chosen::of(code) {
+        Ok(Some(match self.chosen() {
             Chosen::Token(id) => {
                 self.next = Some((id, position + 1));
                 Ok(id)
