@@ -25,8 +25,8 @@
 // Bytes      weights, sign words or planes and cached positions that the token needs, each once; parts of the down
 //            projection through L2, 4 gridDim.x d bytes written and read
 // Order      the work of each block, warp and lane is fixed by the shapes, the position and h: repeatable bit for bit
-// Measured   H100 80GB, sm_90a, f16, context 512, 7B shape: dense 4.63 ms a token, 2910 GB/s, 95 % of the read
-//            bandwidth; predicted (21 % of rows kept, 10 % active) 2.36 ms, 2610 GB/s, 85 %; records/
+// Measured   H100 80GB, sm_90a, f16, context 512, 7B shape: dense 4.60 ms a token, 2930 GB/s, 96 % of the read
+//            bandwidth; predicted (21 % of rows kept, 10 % active) 2.31 ms, 2670 GB/s, 87 %; records/
 // Tried      programmatic dependent launch of the five kernels: early blocks of the next kernel pack two to an SM and
 //            leave others empty (7B dense: 6.5 ms a token against 5.8 without). Asking L2 for more rows ahead, all at once or
 //            in other phases (cp.async.bulk.prefetch.L2): no faster, or up to 5 % slower. Planes before the grid has passed
