@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 
 use format_spec::calibration::alpha_from_limit;
 use format_spec::{BudgetPoint, CalibrationCurve, CurvePoint, PredictorRecord};
+use runtime::device::Device;
 use runtime::perplexity::LayerQuality;
 use runtime::{MlpMode, Model, Session, SessionOptions};
 
@@ -224,6 +225,14 @@ impl Windows {
     }
 }
 
+/// Where passes over a text run.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Machine {
+    pub(crate) device: Device,
+    /// Of the host, which fits and counts on every device; 0 takes one for each available core.
+    pub(crate) n_threads: usize,
+}
+
 /// A model with a text to calibrate it on.
 #[derive(Debug)]
 pub(crate) struct Bench<'m> {
@@ -233,13 +242,13 @@ pub(crate) struct Bench<'m> {
 
 impl<'m> Bench<'m> {
     /// # Errors
-    /// An empty text; a model without a context.
+    /// An empty text; a model without a context; a device that does not answer or has no room.
     pub(crate) fn new(
         model: &'m Model,
         tokenizer: &format_spec::Tokenizer,
         text: &Text,
         n_tokens: usize,
-        n_threads: usize,
+        machine: Machine,
     ) -> Result<Self, PrepError> {
         let config = model.config();
         let window = MAX_WINDOW.min(config.max_position_embeddings);
@@ -250,11 +259,12 @@ impl<'m> Bench<'m> {
         let options = SessionOptions {
             n_positions_max: windows.window as usize,
             n_batch_max: windows.window as usize,
-            n_threads,
+            n_threads: machine.n_threads,
             mode: MlpMode::Stored,
             alpha_scale: 1.0,
         };
-        Ok(Self { session: Session::new(model, &options)?, windows })
+        let session = Session::on(machine.device, model, &options, &mut |_, _| {})?;
+        Ok(Self { session, windows })
     }
 
     /// As many of `windows` with their dense logits as fit into memory, at least one.
@@ -292,6 +302,8 @@ pub(crate) struct Calibration {
     pub(crate) n_tokens: u64,
     /// Tokens in one window, BOS included.
     pub(crate) window: u32,
+    /// What the model ran on.
+    pub(crate) backend: String,
 }
 
 /// Chooses each layer's predictor and limit by `text`; factors of low rank come from `source`.
@@ -304,15 +316,15 @@ pub(crate) fn run(
     text: &Text,
     options: &CalibrationOptions,
     source: &LowRankSource,
-    n_threads: usize,
+    machine: Machine,
     progress: &Progress,
 ) -> Result<Calibration, PrepError> {
-    let mut bench = Bench::new(model, tokenizer, text, options.n_tokens as usize, n_threads)?;
+    let mut bench = Bench::new(model, tokenizer, text, options.n_tokens as usize, machine)?;
     let kinds = options.kinds();
     let windows = bench.windows.clone();
     let n_fit: usize = windows.fit.iter().map(Vec::len).sum();
     progress.begin("calibrating", n_fit as u64);
-    let fit = Fit::run(&mut bench.session, &windows, &kinds, source, n_threads, progress)?;
+    let fit = Fit::run(&mut bench.session, &windows, &kinds, source, machine.n_threads, progress)?;
 
     progress.begin("choosing", 0);
     let check = bench.reference(&windows.check, progress)?;
@@ -415,6 +427,7 @@ pub(crate) fn run(
         dense_ppl: last.dense_ppl,
         n_tokens: bench.windows.n_tokens as u64,
         window: bench.windows.window,
+        backend: bench.session.backend(),
     })
 }
 

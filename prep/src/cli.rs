@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use format_spec::DType;
+use runtime::device::Device;
 
 use crate::synth::SynthArgs;
 use crate::{
@@ -94,6 +95,10 @@ pub struct ConvertArgs {
     /// Threads; 0 takes one for each available core. The output does not depend on it.
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub threads: usize,
+    /// Where the model runs on the calibration text: cpu, cuda, cuda:N, or auto for the first GPU with room for it. Sums
+    /// come in another order on each, so what is chosen differs a little.
+    #[arg(long, default_value_t = Device::Cpu, value_name = "NAME")]
+    pub device: Device,
     /// Replace an existing OUT.
     #[arg(long)]
     pub force: bool,
@@ -326,6 +331,7 @@ impl ConvertArgs {
             },
             predictor,
             n_threads: self.threads,
+            device: self.device,
             force: self.force,
         })
     }
@@ -450,6 +456,8 @@ mod tests {
             Some(Predictor::Calibrated(options)) => options.target,
             other => panic!("{other:?}"),
         };
+        let device = |line: &str| parse(line).expect("accepted").device;
+        assert_eq!((device(""), device("--device cuda:1")), (Device::Cpu, Device::Cuda(1)));
         assert_eq!(target("--target-kl 0.01"), Target::Divergence(0.01));
         assert_eq!(target("--target-missed-energy 0.01"), Target::MissedEnergy(0.01));
     }

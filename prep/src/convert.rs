@@ -8,7 +8,8 @@
 //! seal, sync, rename                       OUT appears, complete
 //! ```
 //!
-//! Nothing in the output depends on the number of threads, on the time or on where the folder lies.
+//! Nothing in the output depends on the number of threads, on the time or on where the folder lies. What a device other
+//! than the CPU calibrates depends on it by a little: sums come in another order there.
 
 use std::path::Path;
 use std::time::Instant;
@@ -18,11 +19,12 @@ use format_spec::{
     Activation, CalibrationText, DType, Encoding, ModelConfig, PredictorKind, PredictorRecord, Provenance,
     SectionKind, SectionSpec, Shape, SourceFile, Tail, Writer,
 };
-use runtime::Model;
+use runtime::device::Device;
+use runtime::{Model, RuntimeError};
 use serde::Serialize;
 
 use crate::arch::{self, CONFIG_FILE, TensorName};
-use crate::calibrate::{self, Calibration, CalibrationOptions, LowRankOptions, Target, Text};
+use crate::calibrate::{self, Calibration, CalibrationOptions, LowRankOptions, Machine, Target, Text};
 use crate::checkpoint::{Checkpoint, hash_file};
 use crate::import::read_predictors;
 use crate::inspect::PredictorRow;
@@ -43,6 +45,8 @@ pub struct ConvertOptions {
     pub predictor: Option<Predictor>,
     /// Threads that convert and calibrate; 0 takes one for each available core. Hashing and writing have one each.
     pub n_threads: usize,
+    /// Where the model runs on the calibration text.
+    pub device: Device,
     /// Replace an existing output.
     pub force: bool,
 }
@@ -149,6 +153,11 @@ pub fn convert(
         0 => std::thread::available_parallelism().map_or(1, usize::from),
         n_threads => n_threads,
     };
+    let machine = Machine { device: options.device, n_threads };
+    if let (Plan::Calibrated { .. }, Device::Cuda(ordinal)) = (&predictor, machine.device) {
+        // Better known now than after all weights.
+        kernels::cuda::Device::open(ordinal as usize).map_err(RuntimeError::from)?;
+    }
 
     let mut writer = Writer::create(out, &config, ALIGNMENT_BYTES, options.force)?;
     let weights_started = Instant::now();
@@ -173,7 +182,7 @@ pub fn convert(
         source_name: folder_name(folder)?,
         source_files,
         tool: concat!("prep ", env!("CARGO_PKG_VERSION")).to_owned(),
-        options: recorded_options(dtype, &predictor),
+        options: recorded_options(dtype, &predictor, options.device),
         calibration: None,
     };
 
@@ -192,7 +201,10 @@ pub fn convert(
                 provenance: None,
             })?;
             let model = Model::open(&writer.partial_path())?;
-            let calibration = calibrate::run(&model, &tokenizer, text, options, source, n_threads, progress)?;
+            let calibration = calibrate::run(&model, &tokenizer, text, options, source, machine, progress)?;
+            if machine.device != Device::Cpu {
+                notes.push(format!("calibrated on {}", calibration.backend));
+            }
             provenance.calibration = Some(CalibrationText {
                 name: text.name.clone(),
                 blake3: text.blake3,
@@ -334,7 +346,7 @@ fn by_alpha(alpha: f64, config: &ModelConfig) -> PredictorRecord {
 }
 
 /// Options that change the output, sorted by name.
-fn recorded_options(dtype: DType, predictor: &Plan<'_>) -> Vec<(String, String)> {
+fn recorded_options(dtype: DType, predictor: &Plan<'_>, device: Device) -> Vec<(String, String)> {
     let mut options = vec![("dtype", dtype.name().to_owned())];
     match predictor {
         Plan::Exact => options.push(("predictor", "exact".to_owned())),
@@ -343,6 +355,9 @@ fn recorded_options(dtype: DType, predictor: &Plan<'_>) -> Vec<(String, String)>
             options.extend([("alpha", alphas.join(",")), ("predictor", "sign".to_owned())]);
         }
         Plan::Calibrated { options: calibration, .. } => {
+            if device != Device::Cpu {
+                options.push(("device", device.to_string()));
+            }
             match &calibration.low_rank {
                 LowRankOptions::Fitted { rank: Some(rank) } => options.push(("rank", rank.to_string())),
                 LowRankOptions::Fitted { rank: None } => {}
@@ -465,7 +480,7 @@ mod tests {
     }
 
     fn options(predictor: Option<Predictor>) -> ConvertOptions {
-        ConvertOptions { dtype: None, predictor, n_threads: 2, force: false }
+        ConvertOptions { dtype: None, predictor, n_threads: 2, device: Device::Cpu, force: false }
     }
 
     #[test]
@@ -707,6 +722,18 @@ mod tests {
         let model = Model::open(&out).expect("valid");
         assert!(model.layout().predictors().iter().all(|record| record.kind == PredictorKind::Off));
         assert!(model.layout().find(SectionKind::GateSigns, Some(0)).is_none());
+    }
+
+    #[test]
+    fn a_device_that_is_not_there_leaves_nothing_behind() {
+        let folder = tempfile::tempdir().expect("a scratch folder");
+        let calibration = CalibrationOptions { n_tokens: 100, ..CalibrationOptions::DEFAULT.clone() };
+        let options =
+            ConvertOptions { device: Device::Cuda(999), ..options(Some(Predictor::Calibrated(calibration))) };
+        let out = folder.path().join("out.sinf");
+        let error = convert(&bundled(), &out, &options, &Progress::silent()).expect_err("no such device");
+        assert!(matches!(error, PrepError::Runtime(_)), "{error}");
+        assert_eq!(std::fs::read_dir(folder.path()).expect("readable").count(), 0);
     }
 
     #[test]

@@ -17,11 +17,12 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use format_spec::calibration::limit_from_alpha;
+use runtime::device::Device;
 use runtime::perplexity::LayerQuality;
 use runtime::{MlpMode, Model, Session, SessionOptions};
 use serde::Serialize;
 
-use crate::calibrate::{Bench, Text};
+use crate::calibrate::{Bench, Machine, Text};
 use crate::predict::{
     Fit, Kind, LayerSetting, LimitEffect, LowRankSource, Masking, Measured, Reference, Search, Setting,
     decoded, measure,
@@ -177,14 +178,16 @@ pub fn eval(path: &Path, options: &EvalOptions, progress: &Progress) -> Result<E
     }
     let tokenizer = model.layout().tokenizer(model.bytes())?;
     let text = Text::load(Some(&options.text))?;
-    let mut own = Bench::new(&model, &tokenizer, &text, options.n_tokens as usize, options.n_threads)?;
+    // Fitted planes are decoded, which takes planes that are not the file's.
+    let machine = Machine { device: Device::Cpu, n_threads: options.n_threads };
+    let mut own = Bench::new(&model, &tokenizer, &text, options.n_tokens as usize, machine)?;
     let windows = own.windows.all();
     progress.begin("dense", windows.iter().map(|window| window.len() as u64).sum());
     let reference = own.reference(&windows, progress)?;
 
     let built_in = Text::load(None)?;
     let n_fit = options.calibration_tokens as usize;
-    let mut fitting = Bench::new(&model, &tokenizer, &built_in, n_fit, options.n_threads)?;
+    let mut fitting = Bench::new(&model, &tokenizer, &built_in, n_fit, machine)?;
     let fit_windows = fitting.windows.clone();
     progress.begin("fitting", fit_windows.fit.iter().map(|window| window.len() as u64).sum());
     let session = &mut fitting.session;

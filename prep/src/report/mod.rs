@@ -706,6 +706,7 @@ mod tests {
             dtype: None,
             predictor: Some(Predictor::Alpha(vec![1.05])),
             n_threads: 1,
+            device: runtime::device::Device::Cpu,
             force: false,
         };
         convert(&model, &out, &options, &Progress::silent()).expect("converted");

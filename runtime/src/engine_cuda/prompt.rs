@@ -276,8 +276,8 @@ impl Prompt {
             matrices,
             &buffers.gate_up,
         )?;
-        let skip = buffers.skip.view().slice(0, n_tokens * n_rows);
-        let skip = match rows {
+        let skip_of_batch = buffers.skip.view().slice(0, n_tokens * n_rows);
+        let mut skip = match rows {
             DeviceRows::Predicted { signs: w_signs, limits } => {
                 device.prefill_skip(&PrefillSkipCall {
                     n_tokens,
@@ -286,9 +286,9 @@ impl Prompt {
                     x_signs,
                     w_signs,
                     limits,
-                    skip,
+                    skip: skip_of_batch,
                 })?;
-                Some(skip)
+                Some(skip_of_batch)
             }
             DeviceRows::Scored { planes, thresholds } => {
                 let quantised = Quantised {
@@ -310,15 +310,17 @@ impl Prompt {
                     x: quantised,
                     planes,
                     thresholds,
-                    skip,
+                    skip: skip_of_batch,
                 })?;
-                Some(skip)
+                Some(skip_of_batch)
             }
             DeviceRows::All | DeviceRows::Active => None,
         };
         if let Some(observer) = observer {
             let copies = copies.get_or_insert_with(|| Copies::new(*n_threads, *n_batch_max, d, n_rows));
-            copies.show(state, layer, x, &gate_up, skip, observer)?;
+            if copies.show(state, layer, x, &gate_up, skip, skip_of_batch, observer)? {
+                skip = Some(skip_of_batch);
+            }
         }
         let h = rounded(&buffers.h, w_down_t.dtype(), n_tokens, n_rows);
         device.prefill_gated(&PrefillGatedCall {
@@ -466,7 +468,9 @@ impl Copies {
         }
     }
 
-    /// Shows `observer` the MLP of `layer`: its norm and h in f32, as the CPU's engine has them.
+    /// Shows `observer` the MLP of `layer`: its norm and h in f32, as the CPU's engine has them. `skip` are the rows that
+    /// the session leaves out, if it does. True if the observer has a mask of its own, which then lies in `own_skip`.
+    #[expect(clippy::too_many_arguments, reason = "what an observer sees, and where its answer goes")]
     fn show(
         &mut self,
         state: &ModelState<'_>,
@@ -474,8 +478,9 @@ impl Copies {
         x: View<'_>,
         gate_up: &Products<'_, 2>,
         skip: Option<View<'_>>,
+        own_skip: View<'_>,
         observer: &mut (dyn MlpObserver + '_),
-    ) -> Result<(), RuntimeError> {
+    ) -> Result<bool, RuntimeError> {
         let w = &state.weights.layers[layer];
         let n_tokens = gate_up.n_tokens;
         let (n_x, n_h) = (n_tokens * w.mlp.gate.n_cols, n_tokens * w.mlp.gate.n_rows);
@@ -497,18 +502,22 @@ impl Copies {
             }
             _ => &[],
         };
-        let skip: &[bool] = match skip {
-            Some(skip) => {
-                state.device.read(skip, &mut self.skipped[..n_h])?;
-                for (skip, &skipped) in self.skip.iter_mut().zip(&self.skipped[..n_h]) {
-                    *skip = skipped != 0;
-                }
-                &self.skip[..n_h]
+        let (skipped, skip_rows) = (&mut self.skipped[..n_h], &mut self.skip[..n_h]);
+        let has_own_mask = observer.mask(layer, n_tokens, normed, skip_rows);
+        if has_own_mask {
+            for (skipped, &skip) in skipped.iter_mut().zip(&*skip_rows) {
+                *skipped = skip.into();
             }
-            None => &[],
-        };
+            state.device.write(own_skip, skipped)?;
+        } else if let Some(skip) = skip {
+            state.device.read(skip, skipped)?;
+            for (skip, &skipped) in skip_rows.iter_mut().zip(&*skipped) {
+                *skip = skipped != 0;
+            }
+        }
+        let skip: &[bool] = if has_own_mask || skip.is_some() { skip_rows } else { &[] };
         observer.mlp(&MlpBatch { layer, n_tokens, x: normed, gate, h, n_neg, skip });
-        Ok(())
+        Ok(has_own_mask)
     }
 }
 
