@@ -178,7 +178,7 @@ pub fn eval(path: &Path, options: &EvalOptions, progress: &Progress) -> Result<E
     }
     let tokenizer = model.layout().tokenizer(model.bytes())?;
     let text = Text::load(Some(&options.text))?;
-    // Fitted planes are decoded, which takes planes that are not the file's.
+    // Fitted planes are decoded too, and the CPU alone takes planes that are not the file's.
     let machine = Machine { device: Device::Cpu, n_threads: options.n_threads };
     let mut own = Bench::new(&model, &tokenizer, &text, options.n_tokens as usize, machine)?;
     let windows = own.windows.all();
