@@ -1,7 +1,7 @@
 //! Times of the CUDA kernels, each alone and a whole token as one graph, at the shapes of models:
 //!
 //! ```sh
-//! cargo bench -p kernels --bench cuda -- 7b [--context 512] [--keep 0.2] [--predictor sign|sign-x8|w2|w3]...
+//! cargo bench -p kernels --bench cuda -- 7b [--context 512] [--keep 0.2] [--predictor sign|sign-x8|w2|w3|low-rank]...
 //!     [--ahead N]... [--overlap] [--verbose]
 //! ```
 //!
@@ -16,8 +16,9 @@ use std::time::Instant;
 use half::f16;
 use kernels::cuda::{
     AttentionCall, AttentionScratch, Buffer, CudaError, DECODE_STEPS, DecodeCall, DecodeLayer, DecodeScratch,
-    Device, DeviceLimits, DeviceMatrix, DevicePlanes, DeviceRows, DeviceThresholds, DownCall, DownScratch,
-    Dtype, GateUpCall, MatvecCall, PredictScoresCall, QkvCall, SampleCall, StepTime, View, step_times,
+    Device, DeviceLimits, DeviceLowRank, DeviceMatrix, DevicePlanes, DeviceRows, DeviceThresholds, DownCall,
+    DownScratch, Dtype, GateUpCall, MatvecCall, PredictScoresCall, PrefillNormCall, PrefillSkipLowRankCall,
+    QkvCall, SampleCall, StepTime, View, step_times,
 };
 use kernels::sample::Draw;
 use kernels::{Activation, AttentionShape, PLANES_MAX};
@@ -89,21 +90,28 @@ enum Mode {
     Predicted(Predictor),
 }
 
-/// What predicts rows: bits of W_gate for each weight, with the signs of x or x in 8 bits.
+/// What predicts rows: bits of W_gate for each weight, with the signs of x or x in 8 bits, or factors.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Predictor {
     Sign,
     SignX8,
     W2,
     W3,
+    LowRank,
 }
 
 impl Predictor {
-    const ALL: [(&'static str, Self); 4] =
-        [("sign", Self::Sign), ("sign-x8", Self::SignX8), ("w2", Self::W2), ("w3", Self::W3)];
+    const ALL: [(&'static str, Self); 5] = [
+        ("sign", Self::Sign),
+        ("sign-x8", Self::SignX8),
+        ("w2", Self::W2),
+        ("w3", Self::W3),
+        ("low-rank", Self::LowRank),
+    ];
 
     fn n_planes(self) -> usize {
         match self {
+            Self::LowRank => 0,
             Self::Sign | Self::SignX8 => 1,
             Self::W2 => 2,
             Self::W3 => 3,
@@ -147,6 +155,8 @@ struct Bench {
     /// Room for what the predictor alone finds.
     scores: Buffer,
     skip: Buffer,
+    normed: Buffer,
+    inner: Buffer,
     keep: f64,
     threshold: f32,
 }
@@ -177,6 +187,11 @@ impl Random {
 }
 
 impl Shape {
+    /// Of the factors that stand in for a predictor of low rank: 256 at 7B, what an f16 gate has 1/16 of the columns of.
+    fn rank(&self) -> usize {
+        self.d / 16
+    }
+
     /// Elements before each matrix of a layer: q, k, v, o, gate, up, down, and the end, where the sign words begin.
     fn offsets(&self) -> [usize; 8] {
         let (q, kv) = (self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim);
@@ -220,6 +235,8 @@ impl Bench {
             }
         }
         assert_eq!(bytes.len(), offsets[7] * 2 + PLANES_MAX * f * n_words * 4);
+        let factors = Random(random.0 ^ 1).halves(shape.rank() * (d + f), 1.0 / d as f32);
+        bytes.extend_from_slice(bytemuck::cast_slice(&factors));
         let attention = AttentionShape {
             n_heads: shape.n_heads,
             n_kv_heads: shape.n_kv_heads,
@@ -254,10 +271,14 @@ impl Bench {
             ids: device.alloc(4 * attention.n_positions_max)?,
             attention_scratch: device.attention_scratch(&attention)?,
             down_scratch: device.down_scratch(f, d)?,
-            decode_scratch: device.decode_scratch(&attention, d, f, 2)?.expect("widths of models fit"),
+            decode_scratch: device
+                .decode_scratch(&attention, d, f, shape.rank(), 2)?
+                .expect("widths of models fit"),
             layer_counts: device.alloc(16 * shape.n_layers)?,
             scores: floats(f + 1)?,
             skip: device.alloc(f)?,
+            normed: floats(d)?,
+            inner: floats(shape.rank())?,
             keep,
             threshold: 0.0,
             device,
@@ -305,14 +326,29 @@ impl Bench {
         self.shape.f * self.shape.d.div_ceil(32) * 4
     }
 
-    /// Planes of W_gate, one after the other.
-    fn plane_bits(&self, layer: usize, predictor: Predictor) -> View<'_> {
+    /// What `predictor` reads: planes of W_gate, one after the other, or both factors.
+    fn predictor_bits(&self, layer: usize, predictor: Predictor) -> View<'_> {
         let (weights, offset) = (self.layers[layer].weights.view(), self.shape.offsets()[7] * 2);
+        if predictor == Predictor::LowRank {
+            let Shape { d, f, .. } = self.shape;
+            return weights.slice(offset + PLANES_MAX * self.plane_bytes(), self.shape.rank() * (d + f) * 2);
+        }
         weights.slice(offset, predictor.n_planes() * self.plane_bytes())
     }
 
+    fn factors(&self, layer: usize) -> Result<DeviceLowRank<'_>, CudaError> {
+        let Shape { d, f, .. } = self.shape;
+        let (both, rank) = (self.predictor_bits(layer, Predictor::LowRank), self.shape.rank());
+        Ok(DeviceLowRank {
+            fc1: DeviceMatrix::new(both.slice(0, rank * d * 2), Dtype::F16, rank, d)?,
+            fc2: DeviceMatrix::new(both.slice(rank * d * 2, f * rank * 2), Dtype::F16, f, rank)?,
+            relu: false,
+            residual: None,
+        })
+    }
+
     fn planes(&self, layer: usize, predictor: Predictor) -> DevicePlanes<'_> {
-        let planes = self.plane_bits(layer, predictor);
+        let planes = self.predictor_bits(layer, predictor);
         let (n_low, n_bytes) = (predictor.n_planes() - 1, self.plane_bytes());
         DevicePlanes {
             signs: planes.slice(0, n_bytes),
@@ -328,12 +364,18 @@ impl Bench {
 
     /// The same for scores, of a normalised input with elements as `predictor` has them.
     fn thresholds(&self, predictor: Predictor) -> DeviceThresholds<'static> {
-        let deviation = (self.shape.d as f64 * predictor.variance()).sqrt();
+        let deviation = match predictor {
+            Predictor::LowRank => (self.shape.rank() as f64 / self.shape.d as f64).sqrt(),
+            _ => (self.shape.d as f64 * predictor.variance()).sqrt(),
+        };
         DeviceThresholds::Layer((deviation * normal_quantile(1.0 - self.keep)) as f32)
     }
 
     /// The predictor alone, on whatever the residual stream holds.
     fn predict(&self, layer: usize, predictor: Predictor) -> Result<(), CudaError> {
+        if predictor == Predictor::LowRank {
+            return self.predict_low_rank(layer, self.x.view());
+        }
         let planes = self.planes(layer, predictor);
         if predictor == Predictor::Sign {
             return self.device.predict(planes.signs, self.limits(), self.x.view(), self.skip.view());
@@ -349,19 +391,34 @@ impl Bench {
         })
     }
 
-    fn rows_of(&self, layer: usize, mode: Mode) -> DeviceRows<'_> {
-        match mode {
+    fn predict_low_rank(&self, layer: usize, x: View<'_>) -> Result<(), CudaError> {
+        self.device.prefill_skip_low_rank(&PrefillSkipLowRankCall {
+            n_tokens: 1,
+            x,
+            quantised: None,
+            factors: self.factors(layer)?,
+            thresholds: self.thresholds(Predictor::LowRank),
+            inner: self.inner.view(),
+            skip: self.skip.view(),
+        })
+    }
+
+    fn rows_of(&self, layer: usize, mode: Mode) -> Result<DeviceRows<'_>, CudaError> {
+        Ok(match mode {
             Mode::Dense => DeviceRows::All,
             Mode::Exact => DeviceRows::Active,
             Mode::Predicted(Predictor::Sign) => DeviceRows::Predicted {
                 signs: self.planes(layer, Predictor::Sign).signs,
                 limits: self.limits(),
             },
+            Mode::Predicted(predictor @ Predictor::LowRank) => {
+                DeviceRows::LowRank { factors: self.factors(layer)?, thresholds: self.thresholds(predictor) }
+            }
             Mode::Predicted(predictor) => DeviceRows::Scored {
                 planes: self.planes(layer, predictor),
                 thresholds: self.thresholds(predictor),
             },
-        }
+        })
     }
 
     /// A token as one kernel.
@@ -377,7 +434,7 @@ impl Bench {
                     w_gate: self.matrix(layer, 4, f, d)?,
                     w_up: self.matrix(layer, 5, f, d)?,
                     w_down_t: self.matrix(layer, 6, f, d)?,
-                    rows: self.rows_of(layer, mode),
+                    rows: self.rows_of(layer, mode)?,
                     attn_norm: self.norm.view(),
                     mlp_norm: self.norm.view(),
                     keys: self.layers[layer].keys.view(),
@@ -449,10 +506,24 @@ impl Bench {
     }
 
     fn gate_up(&self, layer: usize, mode: Mode) -> Result<(), CudaError> {
+        let mut rows = self.rows_of(layer, mode)?;
+        if mode == Mode::Predicted(Predictor::LowRank) {
+            self.device.prefill_norm(&PrefillNormCall {
+                x: self.x.view(),
+                weight: self.norm.view(),
+                eps: EPS,
+                n_tokens: 1,
+                dtype: Dtype::F32,
+                out: self.normed.view(),
+                signs: None,
+            })?;
+            self.predict_low_rank(layer, self.normed.view())?;
+            rows = DeviceRows::Masked { skip: self.skip.view() };
+        }
         self.device.gate_up(&GateUpCall {
             w_gate: self.matrix(layer, 4, self.shape.f, self.shape.d)?,
             w_up: self.matrix(layer, 5, self.shape.f, self.shape.d)?,
-            rows: self.rows_of(layer, mode),
+            rows,
             activation: Activation::FatRelu(self.threshold),
             x: self.x.view(),
             norm: self.norm.view(),
@@ -617,7 +688,7 @@ impl Bench {
             let mut signs = 0.0;
             if let Mode::Predicted(predictor) = mode {
                 self.set_threshold(predictor)?;
-                signs = (predictor.n_planes() * self.plane_bytes()) as f64;
+                signs = self.predictor_bits(0, predictor).len_bytes() as f64;
             }
             let each = |launch: &dyn Fn(usize) -> Result<(), CudaError>| {
                 self.time_us(|| (0..n_layers).try_for_each(launch))
@@ -627,7 +698,7 @@ impl Bench {
             if verbose {
                 if let Mode::Predicted(predictor) = mode {
                     let sum = self.scores.view().slice(0, 4);
-                    let read = |layer| self.device.read_all(self.plane_bits(layer, predictor), sum);
+                    let read = |layer| self.device.read_all(self.predictor_bits(layer, predictor), sum);
                     line("read of its bits alone", each(&read)?, layers, signs);
                     line(
                         &format!("predictor {predictor:?} alone"),
@@ -696,7 +767,9 @@ fn main() -> Result<(), CudaError> {
     let keeps = Some(values("--keep")).filter(|keeps| !keeps.is_empty()).unwrap_or_else(|| vec![0.2]);
     let named = args.windows(2).filter(|pair| pair[0] == "--predictor").map(|pair| {
         let known = Predictor::ALL.into_iter().find(|(name, _)| *name == pair[1]);
-        known.unwrap_or_else(|| panic!("--predictor takes sign, sign-x8, w2 or w3, not {}", pair[1])).1
+        known
+            .unwrap_or_else(|| panic!("--predictor takes sign, sign-x8, w2, w3 or low-rank, not {}", pair[1]))
+            .1
     });
     let mut predictors: Vec<Predictor> = named.collect();
     if predictors.is_empty() {

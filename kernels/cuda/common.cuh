@@ -109,6 +109,27 @@ __device__ __forceinline__ void unpack<__nv_bfloat16>(uint4 raw, float (&out)[8]
     }
 }
 
+template <typename T>
+__device__ __forceinline__ float2 pair_of(uint32_t bits);
+template <>
+__device__ __forceinline__ float2 pair_of<__half>(uint32_t bits) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&bits));
+}
+template <>
+__device__ __forceinline__ float2 pair_of<__nv_bfloat16>(uint32_t bits) {
+    return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
+}
+
+// Four neighbouring weights.
+__device__ __forceinline__ float4 four_of(const float* w) { return *reinterpret_cast<const float4*>(w); }
+template <typename T>
+__device__ __forceinline__ float4 four_of(const T* w) {
+    const uint2 raw = *reinterpret_cast<const uint2*>(w);
+    const float2 low = pair_of<T>(raw.x);
+    const float2 high = pair_of<T>(raw.y);
+    return make_float4(low.x, low.y, high.x, high.y);
+}
+
 // Bits of 16 bytes that differ.
 __device__ __forceinline__ uint32_t n_differ(uint4 a, uint4 b) {
     return __popc(a.x ^ b.x) + __popc(a.y ^ b.y) + __popc(a.z ^ b.z) + __popc(a.w ^ b.w);

@@ -1,7 +1,8 @@
 // decode: one whole token in one kernel, which keeps memory busy from the embedding to the logits.
 //
 // Computes   x = embedding[token]; for each layer what qkv, attention, matvec, gate_up and down compute, in that order;
-//            logits = lm_head rmsnorm(x); with greedy, the next token too
+//            logits = lm_head rmsnorm(x); with greedy, the next token too. Rows are predicted by signs or planes, or by
+//            factors of low rank as in low_rank.cuh
 // Source     persistent kernels for whole models: Megakernels (Hazy Research, 2025); a warp that loads for the others:
 //            the pipelines of CUTLASS
 // Reference  the five kernels above, each tested against reference; within TOLERANCE (sum order)
@@ -41,8 +42,8 @@
 //            predictor, 2 us more for its rows. The output's rows held back until the grid has its queries: 1 % slower.
 //            A line that all blocks ask for comes at 64 bytes a clock: chunks' maxima read by each warp, 3 us a layer
 
+#include "low_rank.cuh"
 #include "ring.cuh"
-#include "scores.cuh"
 #include "vector.cuh"
 
 constexpr int DECODE_WARPS = 8;
@@ -86,6 +87,7 @@ struct DecodeLayer {
     uint32_t limit;
     uint32_t rows;      // Rows of gate_up.cu
     uint32_t n_planes;  // of W_gate, where rows are predicted by their score; 0 where by their signs
+    LowRank factors;    // predict in place of planes, whose signs are then those of a residual
 };
 
 struct DecodeArgs {
@@ -101,6 +103,7 @@ struct DecodeArgs {
     float* part_sums;
     float* part_maxima;
     float* down_parts;
+    float* inner;  // of factors, (rank,)
     float* logits;
     uint32_t* best;
     uint32_t* sync;
@@ -287,7 +290,7 @@ struct Layout {
 enum Load { LOAD_QKV, LOAD_OUT, LOAD_PLANES, LOAD_GATE, LOAD_UP, LOAD_DOWN, LOAD_HEAD };
 
 // The warp that loads: every row of the block, in the order in which the other warps use them.
-template <typename T>
+template <typename T, bool LOW_RANK>
 struct Loader {
     const Layout<T>& m;
     RingWriter ring;
@@ -307,6 +310,25 @@ struct Loader {
 
     __device__ __forceinline__ RingRow row_of(const void* matrix, int row, int n_cols) const {
         return {static_cast<const T*>(matrix) + static_cast<int64_t>(row) * n_cols, n_cols * static_cast<int>(sizeof(T))};
+    }
+
+    // Asks L2 for the factors that the block multiplies: its rows of the first, and of the second, which lie together.
+    __device__ __forceinline__ void ask_for_factors(const LowRank& w) const {
+#if __CUDA_ARCH__ >= 900
+        const auto share = m.share(MLP);
+        const int n_cols = m.a.d;
+        if (n_cols % 8 == 0) {
+            for (int k = blockIdx.x + lane_id() * gridDim.x; k < w.rank; k += WARP * gridDim.x) {
+                ask_l2(w.fc1 + static_cast<int64_t>(k) * n_cols, n_cols * static_cast<int>(sizeof(__half)));
+            }
+        }
+        if (w.rank % 8 == 0) {
+            for (int i = lane_id() * SCORE_ROWS; i < share.count; i += WARP * SCORE_ROWS) {
+                const int n_bytes = min(SCORE_ROWS, share.count - i) * w.rank * static_cast<int>(sizeof(__half));
+                ask_l2(w.fc2 + static_cast<int64_t>(share.begin + i) * w.rank, n_bytes);
+            }
+        }
+#endif
     }
 
     // Returns once the grid has passed the phase before the MLP. Memory has nothing to do until then, as the rows of that
@@ -406,9 +428,12 @@ struct Loader {
                 // Before, blocks that are late would wait behind planes, and the memory has nothing to do after. The lists
                 // of rows are empty from there on.
                 wait_for_mlp(layer);
+                if (LOW_RANK && load == LOAD_PLANES) {
+                    ask_for_factors(w.factors);
+                }
             }
-            const bool skips = load == LOAD_PLANES ? w.rows != PREDICTED || !a.ringed_signs
-                                                   : load == LOAD_UP && w.rows == ALL;
+            const bool has_planes = w.rows == PREDICTED && (!LOW_RANK || w.factors.rank == 0) && a.ringed_signs;
+            const bool skips = load == LOAD_PLANES ? !has_planes : load == LOAD_UP && w.rows == ALL;
             if (load == LOAD_GATE && w.rows == PREDICTED) {
                 bring_listed(w.w_gate, m.kept(), &m.lists().has_kept, kept_parity);
             } else if (load == LOAD_UP && !skips) {
@@ -431,8 +456,8 @@ struct Loader {
 };
 
 // VEC_LOADS: so many times a thread has four columns of a vector. Columns that a model has not cost 2 % a token, though all
-// branch around them: instructions come from a cache.
-template <typename T, int VEC_LOADS>
+// branch around them: instructions come from a cache. LOW_RANK: layers may have factors; code for them costs others 1 %.
+template <typename T, int VEC_LOADS, bool LOW_RANK>
 struct Decoder : Layout<T> {
     using Layout<T>::a;
     using Layout<T>::memory;
@@ -971,7 +996,7 @@ struct Decoder : Layout<T> {
 #pragma unroll
                     for (int s = 0; s < MERGE_SPLITS; s++) {
                         values[c][s] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                        if (from + s < splits) {
+                        if (base + c < VEC_LOADS && from + s < splits) {
                             values[c][s] = __ldcg(reinterpret_cast<const float4*>(a.part_sums + at + s * a.head_dim));
                         }
                     }
@@ -1097,8 +1122,9 @@ struct Decoder : Layout<T> {
         });
     }
 
-    // kept = the block's rows whose score passes the threshold; x_scale is that of x_planes.
-    __device__ __forceinline__ void predict_scores(const DecodeLayer& w, float x_scale) {
+    // kept = the block's rows whose score for the vector v passes the threshold.
+    __device__ __forceinline__ void predict_scores(const DecodeLayer& w, const float4 (&v)[VEC_LOADS]) {
+        const float x_scale = quantise_vec(v);
         const BitRows bits = bit_rows(w);
         const int begin = share(MLP).begin;
         predict<SCORE_ROWS>(w, bits.n_planes, [&](int row, int slot, uint32_t limit) {
@@ -1113,6 +1139,53 @@ struct Decoder : Layout<T> {
             }
             return is_kept(counts.score(), limit, x_scale);
         });
+    }
+
+    // kept = the block's rows whose score of low rank for the vector v passes the threshold. The rows of the first factor
+    // are dealt to the blocks of the grid, which then waits for all of their products.
+    __device__ __forceinline__ void predict_low_rank(const DecodeLayer& w, const float4 (&v)[VEC_LOADS]) {
+        const LowRank& factors = w.factors;
+        const auto mine = share(MLP);
+        const int first_col = first_column();
+#pragma unroll 1
+        for (int k = blockIdx.x; k < factors.rank; k += gridDim.x) {
+            const __half* row = factors.fc1 + static_cast<int64_t>(k) * a.d + first_col;
+            float4 weights[VEC_LOADS];
+#pragma unroll
+            for (int i = 0; i < VEC_LOADS; i++) {
+                const bool in = has_columns(i, a.d) && first_col + i * LOAD_COLS < a.d;
+                weights[i] = in ? four_of(row + i * LOAD_COLS) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            }
+            sync();
+#pragma unroll
+            for (int i = 0; i < VEC_LOADS; i++) {
+                if (has_columns(i, a.d) && first_col + i * LOAD_COLS < a.d) {
+                    *reinterpret_cast<float4*>(tile() + first_col + i * LOAD_COLS) = products(weights[i], v[i]);
+                }
+            }
+            sync();
+            if (warp_id() == 0) {
+                const float dot = ordered_sum(tile(), a.d);
+                if (lane_id() == 0) {
+                    __stcg(a.inner + k, inner_of(dot, factors.relu));
+                }
+            }
+        }
+        arrive();
+        const float x_scale = factors.scales != nullptr ? quantise_vec(v) : 0.0f;
+        wait();
+#pragma unroll 1
+        for (int k = threadIdx.x; k < factors.rank; k += DECODE_THREADS) {
+            tile()[k] = __ldcg(a.inner + k);
+        }
+        sync();
+#pragma unroll 1
+        for (int first = warp_id() * SCORE_ROWS; first < mine.count; first += DECODE_WARPS * SCORE_ROWS) {
+            const int row = mine.begin + min(first + lane_id() / 4, mine.count - 1);
+            const uint32_t threshold = limit_of(w.limits, w.limit, row);
+            const bool keep = keeps_low_rank(factors, bit_rows(w), row, tile(), x_planes(), x_scale, threshold);
+            keep_rows(lane_id() % 4 == 0 && first + lane_id() / 4 < mine.count && keep, first + lane_id() / 4);
+        }
     }
 
     // Empties the lists of rows; needs a barrier of the block, and the loading warp past the last lists.
@@ -1158,11 +1231,13 @@ struct Decoder : Layout<T> {
         }
     }
 
-    // kept = the block's rows that the predictor keeps, x_scale as for predict_scores; the loading warp brings them. Ends
-    // past a barrier of the block.
-    __device__ __forceinline__ void list_kept(const DecodeLayer& w, float x_scale) {
-        if (w.n_planes > 0) {
-            predict_scores(w, x_scale);
+    // kept = the block's rows that the predictor keeps for the vector v; the loading warp brings them. Ends past a barrier
+    // of the block.
+    __device__ __forceinline__ void list_kept(const DecodeLayer& w, const float4 (&v)[VEC_LOADS]) {
+        if (LOW_RANK && w.factors.rank > 0) {
+            predict_low_rank(w, v);
+        } else if (w.n_planes > 0) {
+            predict_scores(w, v);
         } else {
             sync();
             predict_signs(w);
@@ -1336,8 +1411,9 @@ struct Decoder : Layout<T> {
     }
 };
 
-template <typename T, int VEC_LOADS>
+template <typename T, int VEC_LOADS, bool LOW_RANK>
 __device__ __forceinline__ void decode(const DecodeArgs& a) {
+    using Computer = Decoder<T, VEC_LOADS, LOW_RANK>;
     const Layout<T> layout{a};
     auto& lists = layout.lists();
     init_ring(a.n_slots, DECODE_WARPS);
@@ -1354,12 +1430,12 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
         if (warp_id() > DECODE_WARPS) {
             return;
         }
-        Loader<T>{layout, {layout.ring_room(), a.in_flight, a.in_flight_idle}}.token();
+        Loader<T, LOW_RANK>{layout, {layout.ring_room(), a.in_flight, a.in_flight_idle}}.token();
         return;
     }
     take_registers();
 
-    Decoder<T, VEC_LOADS> m(layout);
+    Computer m(layout);
     const uint32_t token = min(__ldcg(&a.state->token), static_cast<uint32_t>(a.vocab_size - 1));
     const int position = static_cast<int>(min(__ldcg(&a.state->position), static_cast<uint32_t>(a.n_positions_max - 1)));
     m.arrivals_before = __ldcg(a.sync + 1);
@@ -1386,7 +1462,6 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
             n *= 2;
         }
         int n_held = 0;
-        float x_scale = 0.0f;
         if (phase == OUT) {
             // Waits, when it has asked for the keys and values that are there already.
             m.attention(layer, position);
@@ -1395,7 +1470,7 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
         }
         if (phase != UP_ROWS) {
             // The first rows go into registers before the vector is there, so that the ring has room for more.
-            typename Decoder<T, VEC_LOADS>::HeldRows rows;
+            typename Computer::HeldRows rows;
             n_held = m.holds(n_cols) && !predicts ? min(a.product_rows, n) : 0;
             m.hold_rows(n_cols, n_held, rows);
             float4 weight[VEC_LOADS];
@@ -1420,13 +1495,10 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
             if (threadIdx.x == 0) {
                 arrive_at(&lists.has_phase);
             }
-            if (predicts && w.n_planes > 0) {
-                x_scale = m.quantise_vec(v);
+            if (predicts) {
+                m.list_kept(w, v);
+                n = lists.n_kept;
             }
-        }
-        if (predicts) {
-            m.list_kept(w, x_scale);
-            n = lists.n_kept;
         }
         // Kept rows a product at a time, as the loading warp waits for those that are active.
         const int tile_rows = lists_rows ? a.product_rows : a.tile_rows;
@@ -1514,20 +1586,24 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
 }
 
 // decode_TYPE_N: vectors of at most 1024 N columns. f32 is not for speed and has one.
-#define DECODE(NAME, T, VEC_LOADS)                                                                        \
-    extern "C" __global__ __launch_bounds__(DECODE_BLOCK, 1) void decode_##NAME##_##VEC_LOADS(            \
+#define DECODE(NAME, T, VEC_LOADS, LOW_RANK)                                                              \
+    extern "C" __global__ __launch_bounds__(DECODE_BLOCK, 1) void decode_##NAME(                          \
         const __grid_constant__ DecodeArgs a                                                              \
     ) {                                                                                                   \
-        decode<T, VEC_LOADS>(a);                                                                          \
+        decode<T, VEC_LOADS, LOW_RANK>(a);                                                                \
     }
-DECODE(f32, float, 8)
-DECODE(f16, __half, 1)
-DECODE(f16, __half, 2)
-DECODE(f16, __half, 4)
-DECODE(f16, __half, 5)
-DECODE(f16, __half, 8)
-DECODE(bf16, __nv_bfloat16, 1)
-DECODE(bf16, __nv_bfloat16, 2)
-DECODE(bf16, __nv_bfloat16, 4)
-DECODE(bf16, __nv_bfloat16, 5)
-DECODE(bf16, __nv_bfloat16, 8)
+DECODE(f32_8, float, 8, false)
+DECODE(f16_1, __half, 1, false)
+DECODE(f16_2, __half, 2, false)
+DECODE(f16_4, __half, 4, false)
+DECODE(f16_5, __half, 5, false)
+DECODE(f16_8, __half, 8, false)
+DECODE(bf16_1, __nv_bfloat16, 1, false)
+DECODE(bf16_2, __nv_bfloat16, 2, false)
+DECODE(bf16_4, __nv_bfloat16, 4, false)
+DECODE(bf16_5, __nv_bfloat16, 5, false)
+DECODE(bf16_8, __nv_bfloat16, 8, false)
+// decode_TYPE_low_rank: layers may have predictors of low rank; vectors of any width.
+DECODE(f32_low_rank, float, 8, true)
+DECODE(f16_low_rank, __half, 8, true)
+DECODE(bf16_low_rank, __nv_bfloat16, 8, true)

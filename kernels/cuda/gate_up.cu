@@ -1,7 +1,7 @@
 // gate_up: gate and up projections of one token, predicted-zero rows left out.
 //
 // Computes   n = rmsnorm(x);  skip(i) = n_neg(i) > limit(i), n_neg(i) = popcount(signs[i] ^ sign(n)),
-//            or, with n_planes, skip(i) = score(i) < limit(i) * scale as in scores.cuh;
+//            or, with n_planes, skip(i) = score(i) < limit(i) * scale as in scores.cuh, or as a mask says;
 //            h[i] = skip(i) ? 0 : act(w_gate[i] . n) * (w_up[i] . n)
 // Source     SparseInfer, arXiv 2411.12692, section 3
 // Reference  reference::gate_up; skip equal bit for bit, h within TOLERANCE (sum order)
@@ -32,6 +32,7 @@ struct GateUpArgs {
     const uint32_t* signs;
     const uint32_t* low;
     const uint32_t* limits;
+    const uint8_t* skip;  // (n_rows,), in place of a prediction; null for none
     float* h;
     unsigned long long* counts;
     int32_t n_rows;
@@ -115,7 +116,7 @@ __device__ __forceinline__ void gate_up(const GateUpArgs& a) {
         prefetch_first_items<T>(a.cut, 2 * n_rows, both_rows);
     } else if (a.rows == ACTIVE) {
         prefetch_first_items<T>(a.cut, n_rows, gate_row);
-    } else {
+    } else if (a.skip == nullptr) {
         bits.prefetch(begin, begin + n_rows);
     }
     wait_for_previous();
@@ -138,7 +139,13 @@ __device__ __forceinline__ void gate_up(const GateUpArgs& a) {
         }
         atomicAdd(&n_active, n);
     } else {
-        if (a.rows == PREDICTED && a.n_planes > 0) {
+        if (a.rows == PREDICTED && a.skip != nullptr) {
+            for (int i = threadIdx.x; i < n_rows; i += blockDim.x) {
+                if (a.skip[begin + i] == 0) {
+                    kept[atomicAdd(&n_kept, 1)] = i;
+                }
+            }
+        } else if (a.rows == PREDICTED && a.n_planes > 0) {
             const int n_columns = n_slots<T>(a.cut);
             uint32_t* words = reinterpret_cast<uint32_t*>(scratch);
             const float scale = quantise(a.n_words, signs, words, [&](int col) {

@@ -8,6 +8,7 @@
 #include "prefill_attention.cu"
 #include "prefill_gemm.cu"
 #include "prefill_gemm_hopper.cu"
+#include "prefill_low_rank.cu"
 #include "prefill_mlp.cu"
 #include "prefill_rows.cu"
 #include "qkv.cu"

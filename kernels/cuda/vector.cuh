@@ -54,27 +54,6 @@ __device__ __forceinline__ uint32_t nearest_pair<__nv_bfloat16>(float2 v) {
 }
 
 template <typename T>
-__device__ __forceinline__ float2 pair_of(uint32_t bits);
-template <>
-__device__ __forceinline__ float2 pair_of<__half>(uint32_t bits) {
-    return __half22float2(*reinterpret_cast<const __half2*>(&bits));
-}
-template <>
-__device__ __forceinline__ float2 pair_of<__nv_bfloat16>(uint32_t bits) {
-    return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
-}
-
-// Four neighbouring weights.
-__device__ __forceinline__ float4 four_of(const float* w) { return *reinterpret_cast<const float4*>(w); }
-template <typename T>
-__device__ __forceinline__ float4 four_of(const T* w) {
-    const uint2 raw = *reinterpret_cast<const uint2*>(w);
-    const float2 low = pair_of<T>(raw.x);
-    const float2 high = pair_of<T>(raw.y);
-    return make_float4(low.x, low.y, high.x, high.y);
-}
-
-template <typename T>
 struct Vector {
     char* terms;
     int n_cols;

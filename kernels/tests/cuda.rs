@@ -16,14 +16,15 @@ use common::{
 };
 use half::f16;
 use kernels::cuda::{
-    AttentionCall, Buffer, Chosen, CudaError, DecodeCall, DecodeLayer, Device, DeviceLimits, DeviceMatrix,
-    DevicePlanes, DeviceRows, DeviceThresholds, DownCall, Dtype, GateUpCall, MatvecCall, PredictScoresCall,
-    QkvCall, SampleCall, View,
+    AttentionCall, Buffer, Chosen, CudaError, DecodeCall, DecodeLayer, Device, DeviceLimits, DeviceLowRank,
+    DeviceMatrix, DevicePlanes, DeviceResidual, DeviceRows, DeviceThresholds, DownCall, Dtype, GateUpCall,
+    MatvecCall, PredictScoresCall, PrefillNormCall, PrefillQuantiseCall, PrefillSkipLowRankCall, QkvCall,
+    Quantised, SampleCall, View, quantised_bytes,
 };
 use kernels::sample::{Draw, random, reference as drawn};
 use kernels::{
-    Activation, AttentionShape, BitPlanes, Elements, Limits, Matrix, MlpCounts, MlpWeights, Rows, SignMatrix,
-    Thresholds, reference,
+    Activation, AttentionShape, BitPlanes, Elements, Limits, LowRank, Matrix, MlpCounts, MlpWeights,
+    Residual, Rows, SignMatrix, Thresholds, reference,
 };
 use proptest::prelude::*;
 
@@ -886,7 +887,7 @@ impl Model {
     /// Logits, state and rows counted after the token in `state`, as one kernel.
     fn in_one(&self, device: &Device, select: usize, position: usize) -> (Vec<f32>, [u32; 2], Vec<u64>) {
         let scratch = device
-            .decode_scratch(&self.shape, self.d, self.f, self.embedding.dtype.n_bytes())
+            .decode_scratch(&self.shape, self.d, self.f, 0, self.embedding.dtype.n_bytes())
             .unwrap()
             .expect("these widths fit");
         let layers: Vec<_> = self
@@ -1064,14 +1065,23 @@ struct Exact {
 }
 
 struct ExactLayer {
-    /// 0 where signs alone predict.
+    /// 0 where signs or factors predict.
     n_planes: usize,
+    factors: Option<ExactFactors>,
     keep: Vec<bool>,
     words: Buffer,
     low: Buffer,
     /// Of scores, or of signs.
     limits: Buffer,
     layer_limit: Option<f32>,
+}
+
+struct ExactFactors {
+    fc1: Uploaded,
+    fc2: Uploaded,
+    relu: bool,
+    /// Of a residual.
+    scales: Option<Buffer>,
 }
 
 /// What a row adds to its column, in units of its h.
@@ -1093,10 +1103,25 @@ impl Exact {
         x[d - 1] = 127.0;
         let (norm, mut input) = (vec![1.0; d], vec![0.0; d]);
         reference::rmsnorm(&x, &norm, EPS, &mut input);
-        let layers = [3, 0, 1, 2, 3, 1]
+        // Planes, or a rank with or without a residual; past so many warps of a grid, and one that divides into no piece.
+        let predictors = [
+            (3, 0),
+            (0, 0),
+            (1, 0),
+            (2, 0),
+            (3, 0),
+            (1, 0),
+            (0, 40),
+            (1, 77),
+            (0, if f > 8000 { 1100 } else { 1 }),
+        ];
+        let layers = predictors
             .into_iter()
             .enumerate()
-            .map(|(i, n_planes)| {
+            .map(|(i, (n_planes, rank))| {
+                if rank > 0 {
+                    return ExactLayer::of_low_rank(device, &mut random, &input, f, rank, n_planes > 0);
+                }
                 let words = random_planes(&mut random, n_planes.max(1), f, d);
                 let (words, low) = words.split_at(f * d.div_ceil(32));
                 let signs = SignMatrix { words, n_rows: f, n_words: d.div_ceil(32) };
@@ -1115,6 +1140,7 @@ impl Exact {
                 let limits = if n_planes == 0 { device.upload(&limits) } else { device.upload(&thresholds) };
                 ExactLayer {
                     n_planes,
+                    factors: None,
                     keep,
                     words: device.upload(words).unwrap(),
                     low: device.upload(low).unwrap(),
@@ -1156,8 +1182,13 @@ impl Exact {
     }
 
     fn rows(&self, layer: usize) -> DeviceRows<'_> {
-        let ExactLayer { n_planes, words, low, limits, layer_limit, .. } = &self.layers[layer];
+        let ExactLayer { n_planes, factors, words, low, limits, layer_limit, .. } = &self.layers[layer];
         let signs = words.view();
+        if let Some(ExactFactors { fc1, fc2, relu, scales }) = factors {
+            let residual = scales.as_ref().map(|scales| DeviceResidual { signs, scales: scales.view() });
+            let factors = DeviceLowRank { fc1: fc1.matrix(), fc2: fc2.matrix(), relu: *relu, residual };
+            return DeviceRows::LowRank { factors, thresholds: DeviceThresholds::PerRow(limits.view()) };
+        }
         if *n_planes == 0 {
             return DeviceRows::Predicted { signs, limits: DeviceLimits::PerRow(limits.view()) };
         }
@@ -1172,7 +1203,10 @@ impl Exact {
     /// Rows of layer `live` that the whole token kept, and how many each layer up to it did.
     fn in_one(&self, device: &Device, live: usize) -> (Vec<bool>, Vec<u64>) {
         let (d, f, shape) = (self.d, self.f, Self::shape());
-        let scratch = device.decode_scratch(&shape, d, f, self.ones.dtype.n_bytes()).unwrap();
+        let ranks =
+            self.layers.iter().filter_map(|layer| layer.factors.as_ref()).map(|factors| factors.fc1.n_rows);
+        let rank_max = ranks.max().unwrap();
+        let scratch = device.decode_scratch(&shape, d, f, rank_max, self.ones.dtype.n_bytes()).unwrap();
         let scratch = scratch.expect("these widths fit");
         let n_cached = shape.n_positions_max * 64 * self.ones.dtype.cache().n_bytes();
         let (angles, w_kv) = (upload(device, &[1.0; 64]), &self.zeros[0].buffer);
@@ -1234,14 +1268,51 @@ impl Exact {
         (kept.collect(), counted.into_iter().step_by(2).take(live + 1).collect())
     }
 
+    fn skip_low_rank(
+        &self,
+        device: &Device,
+        x: View<'_>,
+        factors: DeviceLowRank<'_>,
+        thresholds: DeviceThresholds<'_>,
+        skip: View<'_>,
+    ) {
+        let (normed, inner) = (poison(device, self.d), poison(device, factors.fc1.n_rows()));
+        let (planes, scale) = (device.alloc(quantised_bytes(1, self.d)).unwrap(), poison(device, 1));
+        let (weight, n_tokens, dtype) = (self.norm.view(), 1, Dtype::F32);
+        let out = normed.view();
+        device
+            .prefill_norm(&PrefillNormCall { x, weight, eps: EPS, n_tokens, dtype, out, signs: None })
+            .unwrap();
+        let quantised = Quantised { planes: planes.view(), scales: scale.view() };
+        device
+            .prefill_quantise(&PrefillQuantiseCall { x, weight, eps: EPS, n_tokens, out: quantised })
+            .unwrap();
+        device
+            .prefill_skip_low_rank(&PrefillSkipLowRankCall {
+                n_tokens,
+                x: normed.view(),
+                quantised: factors.residual.map(|_| quantised),
+                factors,
+                thresholds,
+                inner: inner.view(),
+                skip,
+            })
+            .unwrap();
+    }
+
     /// Rows of `layer` that the separate kernel kept, and how many it counted.
     fn in_kernel(&self, device: &Device, layer: usize) -> (Vec<bool>, Vec<u64>) {
         let (x, h) = (upload(device, &self.x), poison(device, self.f));
         let counts = device.alloc(16).unwrap();
+        let (mut rows, skip) = (self.rows(layer), device.upload(&vec![7u8; self.f]).unwrap());
+        if let DeviceRows::LowRank { factors, thresholds } = rows {
+            self.skip_low_rank(device, x.view(), factors, thresholds, skip.view());
+            rows = DeviceRows::Masked { skip: skip.view() };
+        }
         let call = GateUpCall {
             w_gate: self.ones.matrix(),
             w_up: self.ones.matrix(),
-            rows: self.rows(layer),
+            rows,
             activation: Activation::Relu,
             x: x.view(),
             norm: self.norm.view(),
@@ -1253,6 +1324,45 @@ impl Exact {
         let mut counted = [0u64; 2];
         device.read(counts.view(), &mut counted).unwrap();
         (download(device, &h).iter().map(|&h| h != 0.0).collect(), vec![counted[0]])
+    }
+}
+
+impl ExactLayer {
+    /// Rows of random factors for `input`. What the device normalises itself has other roundings, so thresholds lie off the
+    /// scores by more than those.
+    fn of_low_rank(
+        device: &Device,
+        random: &mut Random,
+        input: &[f32],
+        f: usize,
+        rank: usize,
+        has_residual: bool,
+    ) -> Self {
+        let d = input.len();
+        let weights = [rank * d, f * rank].map(|n| Weights::new(1, &random.values(n)));
+        let words = random_planes(random, 1, f, d);
+        let (fc1, fc2, scales) = (weights[0].matrix(rank, d), weights[1].matrix(f, rank), random.values(f));
+        let signs = SignMatrix { words: &words, n_rows: f, n_words: d.div_ceil(32) };
+        let residual = has_residual.then_some(Residual { signs, scales: &scales });
+        let factors = LowRank { fc1, fc2, relu: has_residual, residual };
+        let scores = reference::low_rank_scores(&factors, input);
+        let margin = scores.iter().fold(0.0f32, |largest, score| largest.max(score.abs())) / 1000.0;
+        let side = |random: &mut Random| if random.below(2) == 0 { margin } else { -margin };
+        let thresholds: Vec<f32> = scores.iter().map(|score| score + side(random)).collect();
+        Self {
+            n_planes: 0,
+            factors: Some(ExactFactors {
+                fc1: Uploaded::new(device, &fc1),
+                fc2: Uploaded::new(device, &fc2),
+                relu: has_residual,
+                scales: has_residual.then(|| upload(device, &scales)),
+            }),
+            keep: scores.iter().zip(&thresholds).map(|(score, threshold)| score >= threshold).collect(),
+            words: device.upload(&words).unwrap(),
+            low: device.alloc(0).unwrap(),
+            limits: upload(device, &thresholds),
+            layer_limit: None,
+        }
     }
 }
 
@@ -1275,8 +1385,11 @@ fn a_token_keeps_the_rows_of_the_reference() {
         let model = Exact::new(&device, kind, d, f);
         let n_kept: Vec<u64> =
             model.layers.iter().map(|layer| layer.keep.iter().filter(|&&keep| keep).count() as u64).collect();
-        for (layer, ExactLayer { n_planes, keep, .. }) in model.layers.iter().enumerate() {
-            let case = format!("type {kind}, {f} rows of {d} columns, layer {layer} in {n_planes} planes");
+        for (layer, ExactLayer { n_planes, factors, keep, .. }) in model.layers.iter().enumerate() {
+            let rank = factors.as_ref().map_or(0, |factors| factors.fc1.n_rows);
+            let case = format!(
+                "type {kind}, {f} rows of {d} columns, layer {layer} in {n_planes} planes, rank {rank}"
+            );
             let (rows, counts) = model.in_one(&device, layer);
             found.extend(differences(
                 &format!("{case}, one kernel: kept rows counted"),

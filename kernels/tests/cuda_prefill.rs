@@ -16,12 +16,16 @@ use common::{
 };
 use half::{bf16, f16};
 use kernels::cuda::{
-    Buffer, CudaError, Device, DeviceLimits, DeviceMatrix, DevicePlanes, DeviceThresholds, Dtype, FloatRows,
-    Gemm, GemmCall, Mirror, Placement, PrefillAttentionCall, PrefillGatedCall, PrefillNormCall,
-    PrefillQuantiseCall, PrefillRopeCall, PrefillSkipCall, PrefillSkipScoresCall, Quantised, UploadError,
-    UploadPlan, View, quantised_bytes, rounded_bytes, upload,
+    Buffer, CudaError, Device, DeviceLimits, DeviceLowRank, DeviceMatrix, DevicePlanes, DeviceResidual,
+    DeviceThresholds, Dtype, FloatRows, Gemm, GemmCall, Mirror, Placement, PrefillAttentionCall,
+    PrefillGatedCall, PrefillNormCall, PrefillQuantiseCall, PrefillRopeCall, PrefillSkipCall,
+    PrefillSkipLowRankCall, PrefillSkipScoresCall, Quantised, UploadError, UploadPlan, View, quantised_bytes,
+    rounded_bytes, upload,
 };
-use kernels::{Activation, AttentionShape, BitPlanes, Elements, Limits, SignMatrix, Thresholds, reference};
+use kernels::{
+    Activation, AttentionShape, BitPlanes, Elements, Limits, LowRank, Residual, SignMatrix, Thresholds,
+    reference,
+};
 
 const EPS: f32 = 1e-5;
 /// Error of a sum on tensor cores, in errors of an f32 sum.
@@ -553,6 +557,100 @@ fn rows_skipped_by_their_score_are_the_reference_bit_for_bit() {
                     "{n_tokens} tokens, {n_rows} rows of {n_cols} columns in {n_planes} planes, thresholds {name}"
                 );
                 found.extend(differences(&case, &got, &want));
+            }
+        }
+    }
+    assert!(found.is_empty(), "{} differences:\n{}", found.len(), found.join("\n"));
+}
+
+/// Inputs as the norm leaves them, one of NaN among them, with thresholds that are the scores of the last one, or the
+/// next float above.
+#[test]
+fn rows_skipped_by_low_rank_are_the_reference_bit_for_bit() {
+    let device = device();
+    let mut random = Random::new(26);
+    let mut found = Vec::new();
+    for (n_rows, n_cols, rank) in
+        [(1, 1, 1), (100, 33, 31), (704, 256, 16), (1376, 512, 100), (130, 4096, 256), (65, 5100, 333)]
+    {
+        let n_words = usize::div_ceil(n_cols, 32);
+        let weight = random.values(n_cols);
+        let weight_buffer = device.upload(&weight).unwrap();
+        let factors =
+            [Weights::new(1, &random.values(rank * n_cols)), Weights::new(1, &random.values(n_rows * rank))];
+        let (fc1, fc2) = (factors[0].matrix(rank, n_cols), factors[1].matrix(n_rows, rank));
+        let uploaded = [&fc1, &fc2].map(|w| upload_elements(&device, &w.data));
+        let words = random_planes(&mut random, 1, n_rows, n_cols);
+        let (signs, scales) = (device.upload(&words).unwrap(), random.values(n_rows));
+        let scales_buffer = device.upload(&scales).unwrap();
+        for (n_tokens, relu, has_residual) in
+            [(1, false, false), (7, true, false), (64, false, true), (300, true, true)]
+        {
+            let mut x = random.values(n_tokens * n_cols);
+            if n_tokens > 1 {
+                x[n_cols - 1] = f32::NAN;
+            }
+            let x = device.upload(&x).unwrap();
+            let normed = poison(&device, n_tokens * n_cols * 4);
+            let (planes, x_scales) = (
+                device.upload(&vec![u8::MAX; quantised_bytes(n_tokens, n_cols)]).unwrap(),
+                device.upload(&vec![f32::NAN; n_tokens]).unwrap(),
+            );
+            let (x, weight, dtype) = (x.view(), weight_buffer.view(), Dtype::F32);
+            let out = normed.view();
+            let call = PrefillNormCall { x, weight, eps: EPS, n_tokens, dtype, out, signs: None };
+            device.prefill_norm(&call).unwrap();
+            let quantised = Quantised { planes: planes.view(), scales: x_scales.view() };
+            let call = PrefillQuantiseCall { x, weight, eps: EPS, n_tokens, out: quantised };
+            device.prefill_quantise(&call).unwrap();
+            let input: Vec<f32> = download(&device, normed.view());
+
+            let residual = Residual { signs: SignMatrix { words: &words, n_rows, n_words }, scales: &scales };
+            let factors = LowRank { fc1, fc2, relu, residual: has_residual.then_some(residual) };
+            let on_device = DeviceLowRank {
+                fc1: DeviceMatrix::new(uploaded[0].view(), Dtype::F16, rank, n_cols).unwrap(),
+                fc2: DeviceMatrix::new(uploaded[1].view(), Dtype::F16, n_rows, rank).unwrap(),
+                relu,
+                residual: has_residual
+                    .then(|| DeviceResidual { signs: signs.view(), scales: scales_buffer.view() }),
+            };
+            let scores = reference::low_rank_scores(&factors, &input[(n_tokens - 1) * n_cols..]);
+            let beside: Vec<f32> = scores
+                .iter()
+                .map(|&score| if random.below(2) == 0 { score } else { score.next_up() })
+                .collect();
+            let beside_buffer = device.upload(&beside).unwrap();
+            for (name, thresholds, thresholds_on_device) in [
+                ("beside", Thresholds::PerRow(&beside), DeviceThresholds::PerRow(beside_buffer.view())),
+                ("one", Thresholds::Layer(scores[0]), DeviceThresholds::Layer(scores[0])),
+                ("none", Thresholds::Layer(f32::NEG_INFINITY), DeviceThresholds::Layer(f32::NEG_INFINITY)),
+                ("all", Thresholds::Layer(f32::INFINITY), DeviceThresholds::Layer(f32::INFINITY)),
+                ("no number", Thresholds::Layer(f32::NAN), DeviceThresholds::Layer(f32::NAN)),
+            ] {
+                let mut want = vec![false; n_tokens * n_rows];
+                for (x, skip) in input.chunks_exact(n_cols).zip(want.chunks_exact_mut(n_rows)) {
+                    reference::predict_low_rank(&factors, &thresholds, x, skip);
+                }
+                let case = format!(
+                    "{n_tokens} tokens, {n_rows} rows of {n_cols} columns at rank {rank}, relu {relu}, residual {has_residual}, thresholds {name}"
+                );
+                for _ in 0..2 {
+                    let (inner, skip) =
+                        (poison(&device, n_tokens * rank * 4), poison(&device, n_tokens * n_rows));
+                    let call = PrefillSkipLowRankCall {
+                        n_tokens,
+                        x: normed.view(),
+                        quantised: has_residual.then_some(quantised),
+                        factors: on_device,
+                        thresholds: thresholds_on_device,
+                        inner: inner.view(),
+                        skip: skip.view(),
+                    };
+                    device.prefill_skip_low_rank(&call).unwrap();
+                    let got: Vec<u8> = download(&device, skip.view());
+                    let want: Vec<u8> = want.iter().map(|&skip| skip.into()).collect();
+                    found.extend(differences(&case, &got, &want));
+                }
             }
         }
     }

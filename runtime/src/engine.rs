@@ -57,20 +57,10 @@ pub(crate) trait Engine<'m>: std::fmt::Debug {
     /// Tokens of a batch that prompts go through best in; at most the session's `n_batch_max`.
     fn n_batch(&self) -> usize;
 
-    /// False if predictors of low rank cannot be computed here: the session then asks for exact rows in their place.
-    fn has_low_rank(&self) -> bool {
-        true
-    }
-
-    /// Takes `factors`, one for each layer, in place of the file's; a layer that has some makes scores of them and not of
-    /// planes. Where [`Engine::has_low_rank`] is false there is nothing to take.
-    fn set_factors(&mut self, factors: &[Option<LowRank<'m>>]) {
-        let _ = factors;
-    }
-
-    /// Takes `planes`, one for each layer, in place of the file's. False if the engine cannot.
-    fn set_planes(&mut self, planes: &[Option<BitPlanes<'m>>]) -> bool {
-        let _ = planes;
+    /// Takes `planes` and `factors`, one of each for each layer, in place of the file's; a layer that has factors makes
+    /// scores of them and not of planes. False, and nothing changes, if the engine cannot.
+    fn set_predictors(&mut self, planes: &[Option<BitPlanes<'m>>], factors: &[Option<LowRank<'m>>]) -> bool {
+        let _ = (planes, factors);
         false
     }
 

@@ -277,15 +277,9 @@ impl<'m> Engine<'m> for CpuEngine<'m> {
         self.buffers.n_batch_max.min(N_BATCH)
     }
 
-    fn set_factors(&mut self, factors: &[Option<LowRank<'m>>]) {
-        for (layer, &factors) in self.weights.layers.iter_mut().zip(factors) {
-            layer.low_rank = factors;
-        }
-    }
-
-    fn set_planes(&mut self, planes: &[Option<BitPlanes<'m>>]) -> bool {
-        for (layer, &planes) in self.weights.layers.iter_mut().zip(planes) {
-            layer.planes = planes;
+    fn set_predictors(&mut self, planes: &[Option<BitPlanes<'m>>], factors: &[Option<LowRank<'m>>]) -> bool {
+        for ((layer, &planes), &factors) in self.weights.layers.iter_mut().zip(planes).zip(factors) {
+            (layer.planes, layer.low_rank) = (planes, factors);
         }
         true
     }

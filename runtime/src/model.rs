@@ -56,6 +56,14 @@ pub(crate) struct Weights<'m> {
     pub(crate) lm_head: Matrix<'m>,
 }
 
+impl Weights<'_> {
+    /// The largest rank of a predictor; 0 where none is of low rank.
+    pub(crate) fn rank_max(&self) -> usize {
+        let ranks = self.layers.iter().filter_map(|layer| layer.low_rank).map(|factors| factors.fc1.n_rows);
+        ranks.max().unwrap_or(0)
+    }
+}
+
 impl Model {
     /// Maps and validates `path`: header, section table and structure; checksums are `layout().verify()`'s.
     ///

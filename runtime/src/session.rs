@@ -134,10 +134,8 @@ pub struct Session<'m> {
     limits: Vec<Option<f32>>,
     /// In place of the stored limits and thresholds, one for each layer.
     budget: Option<Vec<f32>>,
-    /// Layers whose predictor the backend lacks, so that they are exact.
-    n_not_predicted: usize,
-    /// The engine has planes of [`Session::set_prediction`].
-    has_own_planes: bool,
+    /// The engine has planes and factors of [`Session::set_prediction`].
+    has_own_predictors: bool,
     usage: Usage,
     audit: Option<Audit>,
     adaptive: Option<Adaptive>,
@@ -189,8 +187,7 @@ impl<'m> Session<'m> {
             n_batch_max: options.n_batch_max,
             limits: Vec::new(),
             budget: None,
-            n_not_predicted: 0,
-            has_own_planes: false,
+            has_own_predictors: false,
             usage: Usage::default(),
             audit: None,
             adaptive: None,
@@ -224,25 +221,16 @@ impl<'m> Session<'m> {
             let (path, found) = (self.model.path().to_owned(), records[layer].kind.name());
             return Err(RuntimeError::NoAlpha { path, layer, found });
         }
-        if self.has_own_planes {
-            let planes = (0..records.len()).map(|layer| self.model.gate_planes(layer));
-            let factors = (0..records.len()).map(|layer| self.model.low_rank(layer));
-            self.has_own_planes = !self.engine.set_planes(&planes.collect::<Vec<_>>());
-            self.engine.set_factors(&factors.collect::<Vec<_>>());
+        if self.has_own_predictors {
+            let planes: Vec<_> = (0..records.len()).map(|layer| self.model.gate_planes(layer)).collect();
+            let factors: Vec<_> = (0..records.len()).map(|layer| self.model.low_rank(layer)).collect();
+            self.has_own_predictors = !self.engine.set_predictors(&planes, &factors);
         }
         let choice = |layer: usize| {
             let budget = self.budget.as_ref().map(|limits| limits[layer]);
             RowChoice::new(mode, stored_rows(self.model, layer, budget, alpha_scale))
         };
-        let mut rows: Vec<RowChoice> = (0..records.len()).map(choice).collect();
-        self.n_not_predicted = 0;
-        for (rows, record) in rows.iter_mut().zip(records) {
-            if rows.is_predicted() && record.kind.has_factors() && !self.engine.has_low_rank() {
-                *rows = RowChoice::Active;
-                self.n_not_predicted += 1;
-            }
-        }
-        self.set_rows(rows)
+        self.set_rows((0..records.len()).map(choice).collect())
     }
 
     /// Has decode keep the gate rows whose n_neg is at most the layer's limit, `(num_hidden_layers,)`, whatever the
@@ -324,7 +312,7 @@ impl<'m> Session<'m> {
     }
 
     /// Predicts with `layers` in place of the file's records, until the next [`Session::set_mode`]; audits end. False, and
-    /// nothing changes, on a backend that takes no other planes than the file's or lacks low rank.
+    /// nothing changes, on a backend that takes no other planes and factors than the file's.
     ///
     /// # Panics
     /// If there is not one for each layer; in decoding, if a layer that is not exact has neither planes nor factors.
@@ -332,14 +320,10 @@ impl<'m> Session<'m> {
         assert_eq!(layers.len(), self.model.config().num_hidden_layers as usize, "one for each layer");
         let planes: Vec<Option<BitPlanes<'m>>> = layers.iter().map(|layer| layer.planes).collect();
         let factors: Vec<Option<LowRank<'m>>> = layers.iter().map(|layer| layer.low_rank).collect();
-        if factors.iter().any(Option::is_some) && !self.engine.has_low_rank() {
+        if !self.engine.set_predictors(&planes, &factors) {
             return false;
         }
-        if !self.engine.set_planes(&planes) {
-            return false;
-        }
-        self.engine.set_factors(&factors);
-        self.has_own_planes = true;
+        self.has_own_predictors = true;
         (self.audit, self.adaptive) = (None, None);
         let rows = layers.into_iter().map(|layer| match layer.limit {
             PredictionLimit::Exact => RowChoice::Active,
@@ -386,14 +370,9 @@ impl<'m> Session<'m> {
         self.engine.n_batch()
     }
 
-    /// What runs the model, for people: `cpu (avx512, 2 threads)`. A backend that lacks the predictor of a layer computes
-    /// its gate rows exactly and says so here.
+    /// What runs the model, for people: `cpu (avx512, 2 threads)`.
     pub fn backend(&self) -> String {
-        let engine = self.engine.describe();
-        match self.n_not_predicted {
-            0 => engine,
-            n_layers => format!("{engine}, {n_layers} layers exact as it lacks their predictor"),
-        }
+        self.engine.describe()
     }
 
     /// The GPUs that [`Device::Auto`] found and did not take, each with the reason: `cuda:0: out of memory ...`.

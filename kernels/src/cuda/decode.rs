@@ -3,7 +3,7 @@
 use std::array;
 
 use super::launch::{
-    RowsArgs, check_aligned, check_cache, check_floats, check_state, same_type, x_planes_bytes,
+    LowRankArgs, RowsArgs, check_aligned, check_cache, check_floats, check_state, same_type, x_planes_bytes,
 };
 use super::{Buffer, CudaError, Device, DeviceMatrix, DeviceRows, View};
 use crate::shape::check;
@@ -193,6 +193,7 @@ pub struct DecodeScratch {
     part_sums: Buffer,
     part_maxima: Buffer,
     down_parts: Buffer,
+    inner: Buffer,
     best: Buffer,
     sync: Buffer,
 }
@@ -214,6 +215,7 @@ struct Plan {
     tile_rows: usize,
     own_cols: usize,
     list_rows: usize,
+    rank_max: usize,
     ringed_signs: bool,
     n_blocks: usize,
     shared_bytes: usize,
@@ -239,6 +241,7 @@ struct LayerArgs {
     limit: u32,
     rows: u32,
     n_planes: u32,
+    factors: LowRankArgs,
 }
 
 #[repr(C)]
@@ -255,6 +258,7 @@ struct DecodeArgs {
     part_sums: u64,
     part_maxima: u64,
     down_parts: u64,
+    inner: u64,
     logits: u64,
     best: u64,
     sync: u64,
@@ -305,6 +309,7 @@ impl Plan {
         shape: &AttentionShape,
         d: usize,
         f: usize,
+        rank_max: usize,
         element_bytes: usize,
     ) -> Option<Self> {
         let q_cols = shape.n_heads * shape.head_dim;
@@ -323,9 +328,12 @@ impl Plan {
         let vec_bytes = vector_bytes(widest, element_bytes).max(attention_bytes).next_multiple_of(16);
         let n_pairs = (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim / 2;
         let n_splits_max = (n_blocks / shape.n_kv_heads).clamp(1, SPLITS_MAX);
-        // The weights of attention's chunks lie there as well, before a maximum and a total for each.
+        // The weights of attention's chunks lie there as well, before a maximum and a total for each, and where rows are
+        // predicted by factors, the terms of a product with the first, and then all such products.
+        let chunk_floats = 3 * shape.n_heads * n_splits_max + 1;
+        let shared_floats = if rank_max > 0 { chunk_floats.max(d).max(rank_max) } else { chunk_floats };
         let tile_rows = (2 * n_pairs.max(f).div_ceil(n_blocks).clamp(WARP / 2, TILE_ROWS_MAX / 2))
-            .max((3 * shape.n_heads * n_splits_max + 1).div_ceil(WARPS).next_multiple_of(2));
+            .max(shared_floats.div_ceil(WARPS).next_multiple_of(2));
         let own_cols = d.div_ceil(n_blocks).next_multiple_of(4);
         let list_rows = f.div_ceil(n_blocks).next_multiple_of(4);
         let row_bytes = d.div_ceil(WARP) * 4;
@@ -350,6 +358,7 @@ impl Plan {
             tile_rows,
             own_cols,
             list_rows,
+            rank_max,
             ringed_signs: row_bytes.is_multiple_of(16),
             n_blocks,
             shared_bytes: fixed_bytes + n_slots * slot_bytes,
@@ -370,8 +379,9 @@ impl DecodeScratch {
 }
 
 impl Device {
-    /// Room for tokens of `shape` over `d` inputs, `f` neurons and weights of `element_bytes` each; `None` where the
-    /// kernel does not take these widths, and a token is a run of the single kernels.
+    /// Room for tokens of `shape` over `d` inputs, `f` neurons and weights of `element_bytes` each, with predictors of at
+    /// most rank `rank_max`, 0 for none; `None` where the kernel does not take these widths, and a token is a run of the
+    /// single kernels.
     ///
     /// # Errors
     /// [`CudaError::OutOfMemory`].
@@ -380,9 +390,10 @@ impl Device {
         shape: &AttentionShape,
         d: usize,
         f: usize,
+        rank_max: usize,
         element_bytes: usize,
     ) -> Result<Option<DecodeScratch>, CudaError> {
-        let Some(plan) = Plan::new(self, shape, d, f, element_bytes) else {
+        let Some(plan) = Plan::new(self, shape, d, f, rank_max, element_bytes) else {
             return Ok(None);
         };
         let floats = |n: usize| self.alloc(n * size_of::<f32>());
@@ -394,6 +405,7 @@ impl Device {
             part_sums: floats(n_parts * shape.head_dim)?,
             part_maxima: floats(2 * n_parts)?,
             down_parts: floats(plan.n_blocks * d)?,
+            inner: floats(rank_max)?,
             best: floats(2 * plan.n_blocks)?,
             sync: floats(2)?,
         }))
@@ -403,7 +415,7 @@ impl Device {
     ///
     /// # Errors
     /// [`CudaError::Shape`]; [`CudaError::MixedTypes`] unless all matrices have one type; [`CudaError::Unsupported`]
-    /// past 128 layers or where addresses are not multiples of 16.
+    /// past 128 layers or the scratch's rank, for rows that a mask keeps, or where addresses are not multiples of 16.
     pub fn decode(&self, call: &DecodeCall<'_>) -> Result<(), CudaError> {
         let plan = &call.scratch.plan;
         let (d, f, shape) = (plan.d, plan.f, plan.shape);
@@ -434,7 +446,15 @@ impl Device {
         let mut layers = [const { LayerArgs::NONE }; LAYERS_MAX];
         for (args, w) in layers.iter_mut().zip(call.layers) {
             check_cache(&call.shape, dtype.cache(), [w.keys, w.values])?;
-            let rows = RowsArgs::new(&w.rows, f, d.div_ceil(WARP))?;
+            let rows = RowsArgs::new(&w.rows, f, d)?;
+            let rank = rows.factors.rank as usize;
+            if rank > plan.rank_max {
+                return Err(CudaError::Unsupported { what: "rank", found: rank, max: plan.rank_max });
+            }
+            if let DeviceRows::Masked { skip } = w.rows {
+                let (what, found) = ("bytes of a mask inside decode", skip.len_bytes());
+                return Err(CudaError::Unsupported { what, found, max: 0 });
+            }
             *args = LayerArgs {
                 w_q: matrix("query weights", &w.w_q, q_width, d)?,
                 w_k: matrix("key weights", &w.w_k, kv_width, d)?,
@@ -453,6 +473,7 @@ impl Device {
                 limit: rows.limit,
                 rows: rows.rows,
                 n_planes: rows.n_planes,
+                factors: rows.factors,
             };
         }
         let clocks = call.clocks.map_or(Ok(0), |view| -> Result<u64, CudaError> {
@@ -475,6 +496,7 @@ impl Device {
             part_sums: scratch.part_sums.view().address(),
             part_maxima: scratch.part_maxima.view().address(),
             down_parts: scratch.down_parts.view().address(),
+            inner: scratch.inner.view().address(),
             logits: floats("logits", call.logits, vocab_size)?,
             best: scratch.best.view().address(),
             sync: scratch.sync.view().address(),
@@ -511,7 +533,10 @@ impl Device {
             heads_per_pair: 2.0 / shape.head_dim as f32,
             layers,
         };
-        let kernel = format!("decode_{}_{}", dtype.suffix(), plan.vec_loads);
+        let kernel = match plan.rank_max {
+            0 => format!("decode_{}_{}", dtype.suffix(), plan.vec_loads),
+            _ => format!("decode_{}_low_rank", dtype.suffix()),
+        };
         // SAFETY: every length was checked above; the scratch was made for these widths.
         unsafe { self.launch_together(&kernel, plan.n_blocks, BLOCK_WARPS * WARP, plan.shared_bytes, &args) }
     }
@@ -536,6 +561,7 @@ impl LayerArgs {
         limit: 0,
         rows: 0,
         n_planes: 0,
+        factors: LowRankArgs::NONE,
     };
 }
 

@@ -237,6 +237,40 @@ pub enum DeviceRows<'a> {
         /// Thresholds on the score.
         thresholds: DeviceThresholds<'a>,
     },
+    /// Gate rows whose score of low rank passes the threshold.
+    LowRank {
+        /// The factors.
+        factors: DeviceLowRank<'a>,
+        /// Thresholds on the score.
+        thresholds: DeviceThresholds<'a>,
+    },
+    /// Gate rows that a mask keeps.
+    Masked {
+        /// `(n_rows,)` u8, 1 where a row is left out.
+        skip: View<'a>,
+    },
+}
+
+/// [`crate::LowRank`] on the device.
+#[derive(Clone, Copy, Debug)]
+pub struct DeviceLowRank<'a> {
+    /// `(rank, n_cols)` f16.
+    pub fc1: DeviceMatrix<'a>,
+    /// `(n_rows, rank)` f16.
+    pub fc2: DeviceMatrix<'a>,
+    /// Elements of `fc1 x` below zero count as 0.
+    pub relu: bool,
+    /// Added to the score.
+    pub residual: Option<DeviceResidual<'a>>,
+}
+
+/// [`crate::Residual`] on the device.
+#[derive(Clone, Copy, Debug)]
+pub struct DeviceResidual<'a> {
+    /// `(n_rows, ceil(n_cols / 32))` u32.
+    pub signs: View<'a>,
+    /// `(n_rows,)` f32.
+    pub scales: View<'a>,
 }
 
 /// [`crate::BitPlanes`] of W_gate.
@@ -423,6 +457,7 @@ struct GateUpArgs {
     signs: u64,
     low: u64,
     limits: u64,
+    skip: u64,
     h: u64,
     counts: u64,
     n_rows: i32,
@@ -660,7 +695,8 @@ impl Device {
     /// `h = act(W_gate n) * (W_up n)` with `n = rmsnorm(x)`, over the rows that `call.rows` selects; zero elsewhere.
     ///
     /// # Errors
-    /// [`CudaError::Shape`], [`CudaError::MixedTypes`], [`CudaError::Unsupported`].
+    /// [`CudaError::Shape`], [`CudaError::MixedTypes`], [`CudaError::Unsupported`], the latter for rows of low rank as
+    /// well: [`Device::prefill_skip_low_rank`] makes the mask that is read in their place.
     pub fn gate_up(&self, call: &GateUpCall<'_>) -> Result<(), CudaError> {
         let GateUpCall { w_gate, w_up, .. } = call;
         same_type("gate and up weights", &[w_gate, w_up])?;
@@ -672,7 +708,11 @@ impl Device {
         check_floats("gate output", n_rows, call.h)?;
         check("bytes of counts", 16, call.counts.len_bytes())?;
         let n_words = n_cols.div_ceil(WARP);
-        let rows = RowsArgs::new(&call.rows, n_rows, n_words)?;
+        let rows = RowsArgs::new(&call.rows, n_rows, n_cols)?;
+        if rows.factors.rank > 0 {
+            let (what, found) = ("rank of a predictor inside gate_up", rows.factors.rank as usize);
+            return Err(CudaError::Unsupported { what, found, max: 0 });
+        }
         let (activation, threshold) = activation_args(call.activation);
         let cut = RowCut::new(self, &[*w_gate, *w_up]);
         // h, both queues, and two rows of partial sums; the sign words or planes come beside the vector.
@@ -689,6 +729,7 @@ impl Device {
             signs: rows.signs,
             low: rows.low,
             limits: rows.limits,
+            skip: rows.skip,
             h: call.h.address(),
             counts: call.counts.address(),
             n_rows: n_rows as i32,
@@ -749,7 +790,7 @@ impl Device {
         check_floats("scale of the input", 1, call.scale)?;
         let n_words = n_cols.div_ceil(WARP);
         let rows = DeviceRows::Scored { planes: call.planes, thresholds: call.thresholds };
-        let rows = RowsArgs::new(&rows, n_rows, n_words)?;
+        let rows = RowsArgs::new(&rows, n_rows, n_cols)?;
         // The planes, and the input in f32 for the second pass over it.
         let shared_bytes = self.check_shared(x_planes_bytes(n_words) * (1 + size_of::<f32>()))?;
         let args = PredictScoresArgs {
@@ -912,7 +953,7 @@ impl Device {
         Ok((n_blocks, self.check_shared(shared_bytes(n_blocks))?))
     }
 
-    fn check_shared(&self, shared_bytes: usize) -> Result<usize, CudaError> {
+    pub(super) fn check_shared(&self, shared_bytes: usize) -> Result<usize, CudaError> {
         // Static shared memory takes part of what a block may have.
         let max = self.shared_bytes_max() - (10 << 10);
         if shared_bytes > max {
@@ -965,33 +1006,91 @@ pub(super) fn x_planes_bytes(n_words: usize) -> usize {
     n_words.next_multiple_of(STEP_WORDS) * X_PLANES * size_of::<u32>()
 }
 
+/// `LowRank` of low_rank.cuh; all zero where there is none.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(super) struct LowRankArgs {
+    pub(super) fc1: u64,
+    fc2: u64,
+    scales: u64,
+    pub(super) rank: i32,
+    pub(super) relu: u32,
+}
+
+impl LowRankArgs {
+    pub(super) const NONE: Self = Self { fc1: 0, fc2: 0, scales: 0, rank: 0, relu: 0 };
+
+    /// Checks `factors` for `n_rows` rows and `n_cols` columns.
+    fn new(factors: &DeviceLowRank<'_>, n_rows: usize, n_cols: usize) -> Result<Self, CudaError> {
+        let DeviceLowRank { fc1, fc2, relu, residual } = factors;
+        if [fc1, fc2].iter().any(|w| w.dtype != Dtype::F16) {
+            return Err(CudaError::MixedTypes { what: "factors of a predictor, f16, and these" });
+        }
+        check("columns of the first factor", n_cols, fc1.n_cols)?;
+        check("rows of the second factor", n_rows, fc2.n_rows)?;
+        check("columns of the second factor", fc1.n_rows, fc2.n_cols)?;
+        check("rows of the first factor, at least one", fc1.n_rows.max(1), fc1.n_rows)?;
+        if let Some(residual) = residual {
+            check(
+                "sign bytes",
+                n_rows * n_cols.div_ceil(WARP) * size_of::<u32>(),
+                residual.signs.len_bytes(),
+            )?;
+            check_floats("scales of a residual", n_rows, residual.scales)?;
+        }
+        Ok(Self {
+            fc1: fc1.data.address(),
+            fc2: fc2.data.address(),
+            scales: residual.map_or(0, |residual| residual.scales.address()),
+            rank: fc1.n_rows as i32,
+            relu: (*relu).into(),
+        })
+    }
+}
+
 /// The rows that are read, as kernels take them.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct RowsArgs {
     /// `Rows` of common.cuh.
     pub(super) rows: u32,
-    /// 0 where rows are not predicted by their score.
+    /// 0 where rows are not predicted by their score in planes.
     pub(super) n_planes: u32,
+    /// Of W_gate, or of a residual.
     pub(super) signs: u64,
     pub(super) low: u64,
     /// Zero where one limit is that of all rows.
     pub(super) limits: u64,
     /// A threshold as its bits.
     pub(super) limit: u32,
+    /// A mask, in place of a prediction.
+    pub(super) skip: u64,
+    pub(super) factors: LowRankArgs,
 }
 
 impl RowsArgs {
-    /// Checks `rows` of an MLP of `n_rows` rows of `n_words` sign words.
-    pub(super) fn new(rows: &DeviceRows<'_>, n_rows: usize, n_words: usize) -> Result<Self, CudaError> {
-        let args = Self { rows: 0, n_planes: 0, signs: 0, low: 0, limits: 0, limit: 0 };
+    const ALL: Self = Self {
+        rows: 0,
+        n_planes: 0,
+        signs: 0,
+        low: 0,
+        limits: 0,
+        limit: 0,
+        skip: 0,
+        factors: LowRankArgs::NONE,
+    };
+
+    /// Checks `rows` of an MLP of `n_rows` rows of `n_cols` columns.
+    pub(super) fn new(rows: &DeviceRows<'_>, n_rows: usize, n_cols: usize) -> Result<Self, CudaError> {
+        let n_words = n_cols.div_ceil(WARP);
         let plane_bytes = n_rows * n_words * size_of::<u32>();
+        let predicted = Self { rows: 2, ..Self::ALL };
         let args = match *rows {
-            DeviceRows::All => args,
-            DeviceRows::Active => Self { rows: 1, ..args },
+            DeviceRows::All => Self::ALL,
+            DeviceRows::Active => Self { rows: 1, ..Self::ALL },
             DeviceRows::Predicted { signs, limits } => {
                 check("sign bytes", plane_bytes, signs.len_bytes())?;
                 let (limits, limit) = check_limits(limits, n_rows)?;
-                Self { rows: 2, signs: signs.address(), limits, limit, ..args }
+                Self { signs: signs.address(), limits, limit, ..predicted }
             }
             DeviceRows::Scored { planes: DevicePlanes { signs, low }, thresholds } => {
                 check("sign bytes", plane_bytes, signs.len_bytes())?;
@@ -999,16 +1098,20 @@ impl RowsArgs {
                 let n_low = low_bytes.checked_div(plane_bytes).unwrap_or(0);
                 check("bytes of lower planes", n_low * plane_bytes, low_bytes)?;
                 check("bit planes", (1 + n_low).min(PLANES_MAX), 1 + n_low)?;
-                let (limits, limit) = match thresholds {
-                    DeviceThresholds::Layer(threshold) => (0, threshold.to_bits()),
-                    DeviceThresholds::PerRow(thresholds) => {
-                        check_floats("thresholds", n_rows, thresholds)?;
-                        (thresholds.address(), 0)
-                    }
-                };
+                let (limits, limit) = check_thresholds(thresholds, n_rows)?;
                 let low = low.map_or(0, View::address);
                 let n_planes = 1 + n_low as u32;
-                Self { rows: 2, n_planes, signs: signs.address(), low, limits, limit }
+                Self { n_planes, signs: signs.address(), low, limits, limit, ..predicted }
+            }
+            DeviceRows::LowRank { factors, thresholds } => {
+                let (limits, limit) = check_thresholds(thresholds, n_rows)?;
+                let signs = factors.residual.map_or(0, |residual| residual.signs.address());
+                let factors = LowRankArgs::new(&factors, n_rows, n_cols)?;
+                Self { signs, limits, limit, factors, ..predicted }
+            }
+            DeviceRows::Masked { skip } => {
+                check("bytes of rows left out", n_rows, skip.len_bytes())?;
+                Self { skip: skip.address(), ..predicted }
             }
         };
         if n_words.is_multiple_of(4) {
@@ -1024,6 +1127,17 @@ pub(super) fn check_aligned(address: u64) -> Result<(), CudaError> {
     match (address % 16) as usize {
         0 => Ok(()),
         found => Err(CudaError::Unsupported { what: "bytes past alignment", found, max: 0 }),
+    }
+}
+
+/// Address of the rows' thresholds, or zero, and the bits of the layer's.
+fn check_thresholds(thresholds: DeviceThresholds<'_>, n_rows: usize) -> Result<(u64, u32), CudaError> {
+    match thresholds {
+        DeviceThresholds::Layer(threshold) => Ok((0, threshold.to_bits())),
+        DeviceThresholds::PerRow(thresholds) => {
+            check_floats("thresholds", n_rows, thresholds)?;
+            Ok((thresholds.address(), 0))
+        }
     }
 }
 

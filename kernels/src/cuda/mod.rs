@@ -21,13 +21,15 @@ pub use device::{Device, DeviceInfo, Event, Graph, list_devices};
 pub use error::CudaError;
 pub use gemm::{Gemm, GemmCall};
 pub use launch::{
-    AttentionCall, AttentionScratch, DeviceLimits, DeviceMatrix, DevicePlanes, DeviceRows, DeviceThresholds,
-    DownCall, DownScratch, Dtype, GateUpCall, MatvecCall, PredictScoresCall, QkvCall,
+    AttentionCall, AttentionScratch, DeviceLimits, DeviceLowRank, DeviceMatrix, DevicePlanes, DeviceResidual,
+    DeviceRows, DeviceThresholds, DownCall, DownScratch, Dtype, GateUpCall, MatvecCall, PredictScoresCall,
+    QkvCall,
 };
 pub use memory::{Buffer, HostBuffer, Mapped, View};
 pub use prefill::{
     FloatRows, PrefillAttentionCall, PrefillGatedCall, PrefillNormCall, PrefillQuantiseCall, PrefillRopeCall,
-    PrefillSkipCall, PrefillSkipScoresCall, Quantised, quantised_bytes, rounded_bytes,
+    PrefillSkipCall, PrefillSkipLowRankCall, PrefillSkipScoresCall, Quantised, quantised_bytes,
+    rounded_bytes,
 };
 pub use sample::{Chosen, SampleCall};
 pub use upload::{Mirror, Placement, ReadAt, UploadError, UploadPlan, upload};

@@ -2,7 +2,8 @@
 
 use kernels::cuda::{
     AttentionCall, AttentionScratch, Buffer, CudaError, DecodeCall, DecodeLayer, DecodeScratch, Device,
-    DeviceRows, DownCall, DownScratch, Dtype, GateUpCall, MatvecCall, QkvCall, SampleCall, View,
+    DeviceRows, DownCall, DownScratch, Dtype, GateUpCall, MatvecCall, PrefillNormCall, QkvCall, Quantised,
+    SampleCall, View, quantised_bytes,
 };
 use kernels::sample::Draw;
 use kernels::{AttentionShape, Matrix, MlpWeights};
@@ -25,8 +26,20 @@ pub(super) struct Vectors {
     q: Buffer,
     attended: Buffer,
     h: Buffer,
+    /// What a predictor of low rank passes on; none in a model without.
+    prediction: Option<LowRankVectors>,
     attention: AttentionScratch,
     down: DownScratch,
+}
+
+/// One token's, of a predictor of low rank.
+#[derive(Debug)]
+struct LowRankVectors {
+    normed: Buffer,
+    planes: Buffer,
+    scale: Buffer,
+    inner: Buffer,
+    skip: Buffer,
 }
 
 /// How tokens are drawn on the device.
@@ -51,11 +64,22 @@ impl Way {
         }
         let floats = |n: usize| device.alloc(n * size_of::<f32>());
         let hidden_size = weights.embedding.n_cols;
+        let prediction = match weights.rank_max() {
+            0 => None,
+            rank_max => Some(LowRankVectors {
+                normed: floats(hidden_size)?,
+                planes: device.alloc(quantised_bytes(1, hidden_size))?,
+                scale: floats(1)?,
+                inner: floats(rank_max)?,
+                skip: device.alloc(intermediate_size)?,
+            }),
+        };
         Ok(Self::Kernels(Box::new(Vectors {
             x: floats(hidden_size)?,
             q: floats(shape.n_heads * shape.head_dim)?,
             attended: floats(shape.n_heads * shape.head_dim)?,
             h: floats(intermediate_size)?,
+            prediction,
             attention: device.attention_scratch(shape)?,
             down: device.down_scratch(intermediate_size, hidden_size)?,
         })))
@@ -112,7 +136,7 @@ impl ModelState<'_> {
                     w_gate: self.matrix(&w.mlp.gate)?,
                     w_up: self.matrix(&w.mlp.up)?,
                     w_down_t: self.matrix(&w.mlp.down_t)?,
-                    rows: self.rows(layer, &rows[layer]),
+                    rows: self.rows(layer, &rows[layer])?,
                     attn_norm: self.floats(w.attn_norm),
                     mlp_norm: self.floats(w.mlp_norm),
                     keys: keys.view(),
@@ -138,6 +162,31 @@ impl ModelState<'_> {
             clocks,
             scratch,
         })
+    }
+
+    /// `rows` of `layer`, those of low rank as a mask for the input in `vectors`.
+    fn masked<'a>(
+        &self,
+        layer: usize,
+        rows: DeviceRows<'a>,
+        vectors: &'a Vectors,
+    ) -> Result<DeviceRows<'a>, CudaError> {
+        let (DeviceRows::LowRank { factors, thresholds }, Some(v)) = (rows, &vectors.prediction) else {
+            return Ok(rows);
+        };
+        let norm = PrefillNormCall {
+            x: vectors.x.view(),
+            weight: self.floats(self.weights.layers[layer].mlp_norm),
+            eps: self.eps,
+            n_tokens: 1,
+            dtype: Dtype::F32,
+            out: v.normed.view(),
+            signs: None,
+        };
+        let quantised = Quantised { planes: v.planes.view(), scales: v.scale.view() };
+        let inner = v.inner.view().slice(0, factors.fc1.n_rows() * size_of::<f32>());
+        self.skip_low_rank(norm, quantised, factors, thresholds, inner, v.skip.view())?;
+        Ok(DeviceRows::Masked { skip: v.skip.view() })
     }
 
     fn token_in_kernels(&self, rows: &[RowChoice], vectors: &Vectors) -> Result<(), CudaError> {
@@ -179,7 +228,7 @@ impl ModelState<'_> {
                 y: x,
                 accumulate: true,
             })?;
-            let rows = self.rows(layer, &rows[layer]);
+            let rows = self.masked(layer, self.rows(layer, &rows[layer])?, vectors)?;
             device.gate_up(&GateUpCall {
                 w_gate: self.matrix(&w.mlp.gate)?,
                 w_up: self.matrix(&w.mlp.up)?,
@@ -222,8 +271,9 @@ fn one_kernel(
         [&w.w_q, &w.w_k, &w.w_v, &w.w_o, gate, up, down_t].into_iter().all(same)
     });
     let f = weights.layers.first().map_or(0, |w| w.mlp.gate.n_rows);
+    let rank_max = weights.rank_max();
     if !uniform || !same(&weights.lm_head) || !(1..=128).contains(&weights.layers.len()) {
         return Ok(None);
     }
-    device.decode_scratch(shape, weights.embedding.n_cols, f, dtype.n_bytes())
+    device.decode_scratch(shape, weights.embedding.n_cols, f, rank_max, dtype.n_bytes())
 }

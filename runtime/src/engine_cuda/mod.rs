@@ -13,10 +13,11 @@ use std::thread;
 
 use format_spec::ModelConfig;
 use kernels::cuda::{
-    Buffer, Chosen, CudaError, Device, DeviceLimits, DeviceMatrix, DevicePlanes, DeviceRows,
-    DeviceThresholds, Dtype, Gemm, Graph, HostBuffer, Mirror, Placement, UploadError, View,
+    Buffer, Chosen, CudaError, Device, DeviceLimits, DeviceLowRank, DeviceMatrix, DevicePlanes,
+    DeviceResidual, DeviceRows, DeviceThresholds, Dtype, Gemm, Graph, HostBuffer, Mirror, Placement,
+    UploadError, View,
 };
-use kernels::{Activation, AttentionShape, BitPlanes, Elements, Matrix, MlpCounts};
+use kernels::{Activation, AttentionShape, BitPlanes, Elements, LowRank, Matrix, MlpCounts, Residual};
 
 use self::decode::{DeviceSampler, Way};
 use self::prompt::Prompt;
@@ -296,8 +297,17 @@ impl<'m> ModelState<'m> {
         DeviceMatrix::new(self.image.view(element_bytes(&w.data)), Dtype::of(&w.data), w.n_rows, w.n_cols)
     }
 
+    fn low_rank(&self, factors: &LowRank<'_>) -> Result<DeviceLowRank<'_>, CudaError> {
+        let residual = factors.residual.map(|Residual { signs, scales }| DeviceResidual {
+            signs: self.image.view(signs.words),
+            scales: self.floats(scales),
+        });
+        let (fc1, fc2) = (self.matrix(&factors.fc1)?, self.matrix(&factors.fc2)?);
+        Ok(DeviceLowRank { fc1, fc2, relu: factors.relu, residual })
+    }
+
     /// The rows of `layer` that `choice` selects.
-    fn rows(&self, layer: usize, choice: &RowChoice) -> DeviceRows<'_> {
+    fn rows(&self, layer: usize, choice: &RowChoice) -> Result<DeviceRows<'_>, CudaError> {
         let planes = || {
             self.weights.layers[layer]
                 .planes
@@ -306,20 +316,23 @@ impl<'m> ModelState<'m> {
         let predicted =
             |limits| DeviceRows::Predicted { signs: self.image.view(planes().signs.words), limits };
         let scored = |thresholds| {
+            if let Some(factors) = &self.weights.layers[layer].low_rank {
+                return Ok(DeviceRows::LowRank { factors: self.low_rank(factors)?, thresholds });
+            }
             let BitPlanes { signs, low } = planes();
             let low = (!low.is_empty()).then(|| self.image.view(low));
             let planes = DevicePlanes { signs: self.image.view(signs.words), low };
-            DeviceRows::Scored { planes, thresholds }
+            Ok(DeviceRows::Scored { planes, thresholds })
         };
         let of_rows = || {
             let limits = self.limits.as_ref().and_then(|limits| limits[layer].as_ref());
             limits.expect("bring_limits comes first").view()
         };
         match choice {
-            RowChoice::All => DeviceRows::All,
-            RowChoice::Active => DeviceRows::Active,
-            RowChoice::Limit(limit) => predicted(DeviceLimits::Layer(*limit)),
-            RowChoice::RowLimits(_) => predicted(DeviceLimits::PerRow(of_rows())),
+            RowChoice::All => Ok(DeviceRows::All),
+            RowChoice::Active => Ok(DeviceRows::Active),
+            RowChoice::Limit(limit) => Ok(predicted(DeviceLimits::Layer(*limit))),
+            RowChoice::RowLimits(_) => Ok(predicted(DeviceLimits::PerRow(of_rows()))),
             RowChoice::Threshold(threshold) => scored(DeviceThresholds::Layer(*threshold)),
             RowChoice::RowThresholds(_) => scored(DeviceThresholds::PerRow(of_rows())),
         }
@@ -333,10 +346,6 @@ impl<'m> Engine<'m> for CudaEngine<'m> {
 
     fn describe(&self) -> String {
         format!("cuda:{} ({})", self.state.ordinal, self.state.device.info().name)
-    }
-
-    fn has_low_rank(&self) -> bool {
-        false
     }
 
     fn set_rows(&mut self, rows: Vec<RowChoice>) {
@@ -443,7 +452,8 @@ fn check_memory(
         * cache;
     let is_copied = !device.info().integrated && placement() != Some(Placement::InPlace);
     let image = if is_copied { model.bytes().len() } else { 0 };
-    let batches = prompt::Sizes::new(config, shape, n_batch_max).n_bytes() + Gemm::WORKSPACE_BYTES;
+    let rank_max = model.weights().rank_max();
+    let batches = prompt::Sizes::new(config, shape, rank_max, n_batch_max).n_bytes() + Gemm::WORKSPACE_BYTES;
     check_room(image + cached + batches, device.memory_bytes()?)
 }
 

@@ -13,9 +13,10 @@
 
 use format_spec::ModelConfig;
 use kernels::cuda::{
-    Buffer, CudaError, Device, DeviceMatrix, DeviceRows, Dtype, FloatRows, Gemm, GemmCall, MatvecCall,
-    PrefillAttentionCall, PrefillGatedCall, PrefillNormCall, PrefillQuantiseCall, PrefillRopeCall,
-    PrefillSkipCall, PrefillSkipScoresCall, Quantised, View, quantised_bytes, rounded_bytes,
+    Buffer, CudaError, Device, DeviceLowRank, DeviceMatrix, DeviceRows, DeviceThresholds, Dtype, FloatRows,
+    Gemm, GemmCall, MatvecCall, PrefillAttentionCall, PrefillGatedCall, PrefillNormCall, PrefillQuantiseCall,
+    PrefillRopeCall, PrefillSkipCall, PrefillSkipLowRankCall, PrefillSkipScoresCall, Quantised, View,
+    quantised_bytes, rounded_bytes,
 };
 use kernels::{AttentionShape, Cpu};
 
@@ -47,6 +48,7 @@ pub(super) struct Sizes {
     rotated: usize,
     attended: usize,
     gate_up: usize,
+    inner: usize,
     skip: usize,
     h: usize,
 }
@@ -71,6 +73,8 @@ struct Buffers {
     attended: Buffer,
     /// f32; logits of some tokens at the end.
     gate_up: Buffer,
+    /// Products with the first factor of a predictor of low rank, f32.
+    inner: Buffer,
     /// u8.
     skip: Buffer,
     /// Rounded.
@@ -102,7 +106,13 @@ struct Products<'a, const N: usize> {
 }
 
 impl Sizes {
-    pub(super) fn new(config: &ModelConfig, shape: &AttentionShape, n_batch_max: usize) -> Self {
+    /// Where predictors have at most rank `rank_max`.
+    pub(super) fn new(
+        config: &ModelConfig,
+        shape: &AttentionShape,
+        rank_max: usize,
+        n_batch_max: usize,
+    ) -> Self {
         let (d, f) = (config.hidden_size as usize, config.intermediate_size as usize);
         let q_width = shape.n_heads * shape.head_dim;
         let kv_width = shape.n_kv_heads * shape.head_dim;
@@ -119,6 +129,7 @@ impl Sizes {
             rotated: words(q_width),
             attended: words(q_width),
             gate_up: words(2 * f).max(config.vocab_size as usize * size_of::<f32>()),
+            inner: words(rank_max),
             skip: n_batch_max * f,
             h: words(f),
         }
@@ -126,8 +137,8 @@ impl Sizes {
 
     /// Bytes of all.
     pub(super) fn n_bytes(&self) -> usize {
-        let Self { tokens, x, normed, signs, scales, qkv, rotated, attended, gate_up, skip, h } = self;
-        tokens + x + normed + signs + scales + qkv + rotated + attended + gate_up + skip + h
+        let Self { tokens, x, normed, signs, scales, qkv, rotated, attended, gate_up, inner, skip, h } = self;
+        tokens + x + normed + signs + scales + qkv + rotated + attended + gate_up + inner + skip + h
     }
 }
 
@@ -143,6 +154,7 @@ impl Buffers {
             rotated: device.alloc(sizes.rotated)?,
             attended: device.alloc(sizes.attended)?,
             gate_up: device.alloc(sizes.gate_up)?,
+            inner: device.alloc(sizes.inner)?,
             skip: device.alloc(sizes.skip)?,
             h: device.alloc(sizes.h)?,
         })
@@ -164,7 +176,10 @@ impl Prompt {
         Ok(Self {
             n_batch_max,
             gemm: Gemm::new(&state.device)?,
-            buffers: Buffers::new(&state.device, &Sizes::new(config, &state.shape, n_batch_max))?,
+            buffers: Buffers::new(
+                &state.device,
+                &Sizes::new(config, &state.shape, state.weights.rank_max(), n_batch_max),
+            )?,
             n_threads: options.n_threads,
             copies: None,
         })
@@ -190,7 +205,7 @@ impl Prompt {
         state.device.prefill_embed(&embedding, tokens, self.buffers.x(n_tokens, embedding.n_cols()))?;
         for (layer, rows) in rows.iter().enumerate() {
             self.attention_block(state, layer, n_tokens, batch.first_position)?;
-            let rows = if batch.masked { state.rows(layer, rows) } else { DeviceRows::All };
+            let rows = if batch.masked { state.rows(layer, rows)? } else { DeviceRows::All };
             self.mlp(state, layer, n_tokens, rows, observer.as_deref_mut())?;
         }
         match batch.logits {
@@ -277,6 +292,11 @@ impl Prompt {
             &buffers.gate_up,
         )?;
         let skip_of_batch = buffers.skip.view().slice(0, n_tokens * n_rows);
+        let quantised = Quantised {
+            planes: buffers.signs.view().slice(0, quantised_bytes(n_tokens, d)),
+            scales: buffers.scales.view().slice(0, n_tokens * size_of::<f32>()),
+        };
+        let weight = state.floats(w.mlp_norm);
         let mut skip = match rows {
             DeviceRows::Predicted { signs: w_signs, limits } => {
                 device.prefill_skip(&PrefillSkipCall {
@@ -291,11 +311,6 @@ impl Prompt {
                 Some(skip_of_batch)
             }
             DeviceRows::Scored { planes, thresholds } => {
-                let quantised = Quantised {
-                    planes: buffers.signs.view().slice(0, quantised_bytes(n_tokens, d)),
-                    scales: buffers.scales.view().slice(0, n_tokens * size_of::<f32>()),
-                };
-                let weight = state.floats(w.mlp_norm);
                 device.prefill_quantise(&PrefillQuantiseCall {
                     x,
                     weight,
@@ -314,6 +329,16 @@ impl Prompt {
                 })?;
                 Some(skip_of_batch)
             }
+            DeviceRows::LowRank { factors, thresholds } => {
+                let (eps, dtype) = (state.eps, Dtype::F32);
+                // Inputs of products have room for f32.
+                let out = rounded(&buffers.normed, dtype, n_tokens, d);
+                let norm = PrefillNormCall { x, weight, eps, n_tokens, dtype, out, signs: None };
+                let inner = buffers.inner.view().slice(0, n_tokens * factors.fc1.n_rows() * size_of::<f32>());
+                state.skip_low_rank(norm, quantised, factors, thresholds, inner, skip_of_batch)?;
+                Some(skip_of_batch)
+            }
+            DeviceRows::Masked { skip } => Some(skip),
             DeviceRows::All | DeviceRows::Active => None,
         };
         if let Some(observer) = observer {
@@ -369,6 +394,35 @@ impl Prompt {
             state.device.read(product.data, logits)?;
         }
         Ok(())
+    }
+}
+
+impl ModelState<'_> {
+    /// `skip` of a predictor of low rank for a batch: its norm, in 8 bits as well where there is a residual, then the rows.
+    pub(super) fn skip_low_rank(
+        &self,
+        norm: PrefillNormCall<'_>,
+        quantised: Quantised<'_>,
+        factors: DeviceLowRank<'_>,
+        thresholds: DeviceThresholds<'_>,
+        inner: View<'_>,
+        skip: View<'_>,
+    ) -> Result<(), CudaError> {
+        let PrefillNormCall { x, weight, eps, n_tokens, .. } = norm;
+        self.device.prefill_norm(&norm)?;
+        let quantised = factors.residual.map(|_| quantised);
+        if let Some(out) = quantised {
+            self.device.prefill_quantise(&PrefillQuantiseCall { x, weight, eps, n_tokens, out })?;
+        }
+        self.device.prefill_skip_low_rank(&PrefillSkipLowRankCall {
+            n_tokens,
+            x: norm.out,
+            quantised,
+            factors,
+            thresholds,
+            inner,
+            skip,
+        })
     }
 }
 
