@@ -458,6 +458,7 @@ impl Bench {
             counts: self.layer_counts.view(),
             greedy: true,
             clocks,
+            trace: None,
             scratch: &self.decode_scratch,
         })
     }
@@ -518,7 +519,7 @@ impl Bench {
                 signs: None,
             })?;
             self.predict_low_rank(layer, self.normed.view())?;
-            rows = DeviceRows::Masked { skip: self.skip.view() };
+            rows = DeviceRows::Masked { mask: self.skip.view() };
         }
         self.device.gate_up(&GateUpCall {
             w_gate: self.matrix(layer, 4, self.shape.f, self.shape.d)?,
@@ -530,6 +531,8 @@ impl Bench {
             eps: EPS,
             h: self.h.view(),
             counts: self.counts.view(),
+            normed: None,
+            skip: None,
         })
     }
 

@@ -136,7 +136,8 @@ __device__ __forceinline__ uint32_t n_differ(uint4 a, uint4 b) {
 }
 
 // The same value on every lane: lanes add in a fixed tree.
-__device__ __forceinline__ float warp_sum(float v) {
+template <typename V>
+__device__ __forceinline__ V warp_sum(V v) {
 #pragma unroll
     for (int offset = WARP / 2; offset > 0; offset /= 2) {
         v += __shfl_xor_sync(0xffffffffu, v, offset);
@@ -150,17 +151,17 @@ struct WholeBlock {
     __device__ __forceinline__ static void sync() { __syncthreads(); }
 };
 
-// The sum over the threads of Team on every one, in a fixed order. scratch holds one float for each warp. Ends past a
+// The sum over the threads of Team on every one, in a fixed order. scratch holds one value for each warp. Ends past a
 // barrier; scratch is free again after the next one.
-template <typename Team = WholeBlock>
-__device__ __forceinline__ float block_sum(float v, float* scratch) {
+template <typename Team = WholeBlock, typename V>
+__device__ __forceinline__ V block_sum(V v, V* scratch) {
     v = warp_sum(v);
     if (lane_id() == 0) {
         scratch[warp_id()] = v;
     }
     Team::sync();
     const int n_warps = Team::n_threads() / WARP;
-    return warp_sum(lane_id() < n_warps ? scratch[lane_id()] : 0.0f);
+    return warp_sum(lane_id() < n_warps ? scratch[lane_id()] : V{});
 }
 
 // Rows that are read, as the host numbers them.

@@ -8,7 +8,7 @@
 // Reference  the five kernels above, each tested against reference; within TOLERANCE (sum order)
 // Shapes     as theirs; x_out (d,) f32; down_parts (gridDim.x, d) f32; part_sums (n_heads, n_splits_max, head_dim) f32,
 //            part_maxima (n_heads, n_splits_max, 2) f32; best (gridDim.x, 2) u32; sync (2,) u32: arrivals, and arrivals
-//            before this launch
+//            before this launch; for audits mlp_x (n_layers, d) f32, mlp_h (n_layers, n_rows) f32, mlp_skip u8 likewise
 // Needs      rows of 16-byte multiples, all matrices of one type, at most 128 layers; checked in cuda::launch
 // Grid       one block for each SM, launched cooperatively; a phase of the model ends at a barrier of the whole grid
 // Block      DECODE_WARPS warps that compute, one that loads, and three that leave their registers to the first (sm_90a);
@@ -138,6 +138,10 @@ struct DecodeArgs {
     float eps;
     float scale;           // log2(e) / sqrt(head_dim)
     float heads_per_pair;  // 2 / head_dim
+    // What an audit looks at; null for none.
+    float* mlp_x;       // the MLP's input after its norm
+    float* mlp_h;       // 0 where a row is left out
+    uint8_t* mlp_skip;  // 1 where the predictor left a row out
     DecodeLayer layers[LAYERS_MAX];
 };
 
@@ -1210,6 +1214,39 @@ struct Decoder : Layout<T> {
         }
     }
 
+    // mlp_x of the layer, of which every block has all: block 0 writes it.
+    __device__ __forceinline__ void export_input(int layer, const float4 (&v)[VEC_LOADS]) const {
+        if (a.mlp_x != nullptr && blockIdx.x == 0) {
+            const int first = first_column();
+            float* to = a.mlp_x + static_cast<int64_t>(layer) * a.d + first;
+#pragma unroll
+            for (int k = 0; k < VEC_LOADS; k++) {
+                if (has_columns(k, a.d) && first + k * LOAD_COLS < a.d) {
+                    *reinterpret_cast<float4*>(to + k * LOAD_COLS) = v[k];
+                }
+            }
+        }
+    }
+
+    // mlp_h and mlp_skip of the block's rows, while the lists are whole.
+    __device__ __forceinline__ void export_rows(const DecodeLayer& w, int layer) const {
+        if (a.mlp_h != nullptr) {
+            const auto mine = share(MLP);
+            const int64_t at = static_cast<int64_t>(layer) * a.n_rows + mine.begin;
+            const bool predicts = w.rows == PREDICTED;
+#pragma unroll 1
+            for (int i = threadIdx.x; i < mine.count; i += DECODE_THREADS) {
+                a.mlp_h[at + i] = h_rows()[i];
+                a.mlp_skip[at + i] = predicts;
+            }
+            sync();
+#pragma unroll 1
+            for (int i = threadIdx.x; predicts && i < lists().n_kept; i += DECODE_THREADS) {
+                a.mlp_skip[at + kept()[i]] = 0;
+            }
+        }
+    }
+
     // The block's rows whose gate is not zero, in order. Ends past a barrier of the block.
     __device__ __forceinline__ void list_active() {
         if (warp_id() == 0) {
@@ -1484,6 +1521,9 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
                 m.merge_attention(position, v);
             } else {
                 m.normalise(weight, layer == 0 && phase == QKV, token, predicts && w.n_planes == 0, v);
+                if (phase == MLP) {
+                    m.export_input(layer, v);
+                }
             }
             m.store_vec(n_cols, v);
             if constexpr (sizeof(T) == 2) {
@@ -1558,6 +1598,7 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
         m.down(w);
         m.arrive();
         m.count_rows(layer);
+        m.export_rows(w, layer);
         m.mark(DOWN);
         layer++;
         m.wait();

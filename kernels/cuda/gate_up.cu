@@ -7,7 +7,8 @@
 // Reference  reference::gate_up; skip equal bit for bit, h within TOLERANCE (sum order)
 // Shapes     x, norm (n_cols,) f32; w_gate, w_up (n_rows, n_cols) row-major; signs (n_rows, n_words) u32;
 //            low (n_planes - 1, n_rows, n_words) u32; limits (n_rows,) u32 or null for one limit, f32 for
-//            scores; h (n_rows,) f32; counts (2,) u64: rows kept, rows active
+//            scores; h (n_rows,) f32; counts (2,) u64: rows kept, rows active; for audits, or null: normed (n_cols,) f32,
+//            skip (n_rows,) u8
 // Needs      any n_cols (16-byte loads where rows are multiples of 16 bytes); checked in cuda::launch
 // Grid       about one block for each SM; a block takes a contiguous run of rows from the predictor to h, so nothing
 //            between the two leaves the SM
@@ -32,7 +33,7 @@ struct GateUpArgs {
     const uint32_t* signs;
     const uint32_t* low;
     const uint32_t* limits;
-    const uint8_t* skip;  // (n_rows,), in place of a prediction; null for none
+    const uint8_t* mask;  // (n_rows,), 1 where a row is left out, in place of a prediction; null for none
     float* h;
     unsigned long long* counts;
     int32_t n_rows;
@@ -44,6 +45,8 @@ struct GateUpArgs {
     float threshold;
     float eps;
     int32_t n_rows_max;  // most rows of a block: sizes the shared arrays
+    float* normed;       // n
+    uint8_t* skip;       // 1 where the predictor left a row out
 };
 
 // Sign disagreements of one row with the signs of the input, on every lane.
@@ -116,7 +119,7 @@ __device__ __forceinline__ void gate_up(const GateUpArgs& a) {
         prefetch_first_items<T>(a.cut, 2 * n_rows, both_rows);
     } else if (a.rows == ACTIVE) {
         prefetch_first_items<T>(a.cut, n_rows, gate_row);
-    } else if (a.skip == nullptr) {
+    } else if (a.mask == nullptr) {
         bits.prefetch(begin, begin + n_rows);
     }
     wait_for_previous();
@@ -126,7 +129,17 @@ __device__ __forceinline__ void gate_up(const GateUpArgs& a) {
         n_kept = a.rows == PREDICTED ? 0 : n_rows;
         n_active = 0;
     }
+    if (a.skip != nullptr) {
+        for (int i = threadIdx.x; i < n_rows; i += blockDim.x) {
+            a.skip[begin + i] = a.rows == PREDICTED;
+        }
+    }
     __syncthreads();
+    if (a.normed != nullptr && blockIdx.x == 0) {
+        for (int col = threadIdx.x; col < a.cut.n_cols; col += blockDim.x) {
+            a.normed[col] = slots[slot<T>(col, n_slots<T>(a.cut) / 2)];
+        }
+    }
 
     if (a.rows == ALL) {
         dot_items<T>(a.cut, 2 * n_rows, slots, partials, both_rows);
@@ -139,9 +152,9 @@ __device__ __forceinline__ void gate_up(const GateUpArgs& a) {
         }
         atomicAdd(&n_active, n);
     } else {
-        if (a.rows == PREDICTED && a.skip != nullptr) {
+        if (a.rows == PREDICTED && a.mask != nullptr) {
             for (int i = threadIdx.x; i < n_rows; i += blockDim.x) {
-                if (a.skip[begin + i] == 0) {
+                if (a.mask[begin + i] == 0) {
                     kept[atomicAdd(&n_kept, 1)] = i;
                 }
             }
@@ -184,6 +197,9 @@ __device__ __forceinline__ void gate_up(const GateUpArgs& a) {
             if (gate != 0.0f) {
                 h[kept[i]] = gate;
                 active[atomicAdd(&n_active, 1)] = kept[i];
+            }
+            if (a.skip != nullptr) {
+                a.skip[begin + kept[i]] = 0;
             }
         }
         __syncthreads();

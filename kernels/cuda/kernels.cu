@@ -1,6 +1,7 @@
 // Every kernel in one translation unit: one fat binary.
 
 #include "attention.cu"
+#include "audit.cu"
 #include "decode.cu"
 #include "down.cu"
 #include "gate_up.cu"

@@ -19,8 +19,8 @@ struct PrefillInnerArgs {
 };
 
 extern "C" __global__ __launch_bounds__(128) void prefill_inner(const __grid_constant__ PrefillInnerArgs a) {
-    extern __shared__ float4 shared[];
-    float* terms = reinterpret_cast<float*>(shared);
+    extern __shared__ float4 shared_terms[];
+    float* terms = reinterpret_cast<float*>(shared_terms);
     const int64_t token = blockIdx.y;
     const __half* row = a.fc1 + static_cast<int64_t>(blockIdx.x) * a.n_cols;
     const float* x = a.x + token * a.n_cols;

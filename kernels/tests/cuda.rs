@@ -16,10 +16,11 @@ use common::{
 };
 use half::f16;
 use kernels::cuda::{
-    AttentionCall, Buffer, Chosen, CudaError, DecodeCall, DecodeLayer, Device, DeviceLimits, DeviceLowRank,
-    DeviceMatrix, DevicePlanes, DeviceResidual, DeviceRows, DeviceThresholds, DownCall, Dtype, GateUpCall,
-    MatvecCall, PredictScoresCall, PrefillNormCall, PrefillQuantiseCall, PrefillSkipLowRankCall, QkvCall,
-    Quantised, SampleCall, View, quantised_bytes,
+    AttentionCall, AuditCall, AuditLayer, AuditRecord, AuditScratch, Buffer, Chosen, CudaError, DecodeCall,
+    DecodeLayer, Device, DeviceLimits, DeviceLowRank, DeviceMatrix, DevicePlanes, DeviceResidual, DeviceRows,
+    DeviceThresholds, DownCall, Dtype, GateUpCall, MatvecCall, MlpTrace, PredictScoresCall, PrefillNormCall,
+    PrefillQuantiseCall, PrefillSkipLowRankCall, QkvCall, Quantised, SampleCall, View, audit_of,
+    quantised_bytes,
 };
 use kernels::sample::{Draw, random, reference as drawn};
 use kernels::{
@@ -105,6 +106,38 @@ fn assert_close(what: &str, got: &[f32], want: &[f64], slack: &[f64]) {
 fn assert_same(what: &str, a: &[f32], b: &[f32]) {
     let same = a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits());
     assert!(same, "{what} is not the same in two runs");
+}
+
+/// What tokens leave for audits, poisoned until then.
+struct Trace {
+    scratch: AuditScratch,
+    d: usize,
+    f: usize,
+}
+
+impl Trace {
+    fn new(device: &Device, n_layers: usize, d: usize, f: usize) -> Self {
+        let scratch = device.audit_scratch(n_layers, d, f, 1).unwrap();
+        let MlpTrace { x, h, skip } = scratch.trace();
+        device.write(x, &vec![f32::NAN; n_layers * d]).unwrap();
+        device.write(h, &vec![f32::NAN; n_layers * f]).unwrap();
+        device.write(skip, &vec![7u8; n_layers * f]).unwrap();
+        Self { scratch, d, f }
+    }
+
+    fn layer(&self, layer: usize) -> MlpTrace<'_> {
+        self.scratch.trace().layer(layer, self.d, self.f)
+    }
+
+    /// x, h and skip of a layer.
+    fn read(&self, device: &Device, layer: usize) -> (Vec<f32>, Vec<f32>, Vec<u8>) {
+        let MlpTrace { x, h, skip } = self.layer(layer);
+        let mut got = (vec![0.0; self.d], vec![0.0; self.f], vec![0; self.f]);
+        device.read(x, &mut got.0).unwrap();
+        device.read(h, &mut got.1).unwrap();
+        device.read(skip, &mut got.2).unwrap();
+        got
+    }
 }
 
 /// Widths on both sides of 16-byte rows, segments and their halves, and of models.
@@ -386,7 +419,7 @@ proptest! {
             Rows::LowRank { .. } => unreachable!("rows_of has none"),
         };
         let scratch = device.down_scratch(n_rows, n_cols).unwrap();
-        let run = || {
+        let run = |trace: Option<MlpTrace<'_>>| {
             let (h, y) = (poison(&device, n_rows), upload(&device, &vec![0.5; n_cols]));
             let counts = device.upload(&[0u64; 2]).unwrap();
             device.gate_up(&GateUpCall {
@@ -399,6 +432,8 @@ proptest! {
                 eps: EPS,
                 h: h.view(),
                 counts: counts.view(),
+                normed: trace.map(|trace| trace.x),
+                skip: trace.map(|trace| trace.skip),
             }).unwrap();
             device.down(&DownCall {
                 w_down_t: w_down_t.matrix(),
@@ -411,15 +446,115 @@ proptest! {
             device.read(counts.view(), &mut found).unwrap();
             (download(&device, &h), download(&device, &y), found)
         };
-        let (got_h, got_y, found) = run();
+        let (got_h, got_y, found) = run(None);
         let want_h: Vec<f64> = h.iter().copied().map(f64::from).collect();
         assert_close("h", &got_h, &want_h, &h_slack);
         assert_close("y", &got_y, &want, &slack);
         let found = MlpCounts { n_kept: found[0] as usize, n_active: found[1] as usize };
         prop_assert_eq!(found, counts);
-        let (again_h, again_y, _) = run();
+        let trace = Trace::new(&device, 1, n_cols, n_rows);
+        let (again_h, again_y, _) = run(Some(trace.layer(0)));
         assert_same("h", &got_h, &again_h);
         assert_same("y", &got_y, &again_y);
+        let (got_x, _, got_skip) = trace.read(&device, 0);
+        let want_x: Vec<f64> = input.iter().copied().map(f64::from).collect();
+        let x_slack: Vec<f64> = want_x.iter().map(|x| 2.0 * x.abs()).collect();
+        assert_close("normed", &got_x, &want_x, &x_slack);
+        let skip: Vec<u8> = reference::skipped(&rows, n_rows, &input).into_iter().map(u8::from).collect();
+        prop_assert_eq!(got_skip, skip);
+    }
+
+    /// Layers of any type, some of which predict nothing; their rows left out are drawn by the reference's signs.
+    #[test]
+    fn an_audit_is_the_reference(
+        n_cols in any_width(), n_rows in prop_oneof![1..400usize, 2500..2600usize], n_layers in 1..4usize,
+        one_in in 1..5usize, n_padded in 0..3usize, activation in 0..3usize, seed: u64,
+    ) {
+        let device = device();
+        let n_rows = if n_cols > 700 { n_rows.min(400) } else { n_rows };
+        let mut random = Random::new(seed);
+        let activation = [Activation::Relu, Activation::FatRelu(0.3), Activation::Silu][activation];
+        let edge = if let Activation::FatRelu(threshold) = activation { f64::from(threshold) } else { 0.0 };
+        let n_drawn = n_rows.div_ceil(one_in) + n_padded;
+        let scratch = device.audit_scratch(n_layers, n_cols, n_rows, n_drawn).unwrap();
+        let trace = scratch.trace();
+        let mut uploaded = Vec::new();
+        let mut wanted = Vec::new();
+        let mut drawn = vec![u32::MAX; n_layers * n_drawn];
+        for layer in 0..n_layers {
+            let kind = random.below(3) as usize;
+            let down_kind = random.below(3) as usize;
+            let weights = [kind, kind, down_kind].map(|kind| Weights::new(kind, &random.values(n_rows * n_cols)));
+            let [gate, up, down_t] = [0, 1, 2].map(|m| weights[m].matrix(n_rows, n_cols));
+            let x = random.values(n_cols);
+            let words = sign_words(&gate);
+            let signs = SignMatrix { words: &words, n_rows, n_words: n_cols.div_ceil(32) };
+            let limits: Vec<u32> = (0..n_rows).map(|_| random.below(n_cols as u64 + 1) as u32).collect();
+            let rows = Rows::Predicted { signs, limits: Limits::PerRow(&limits) };
+            let w = MlpWeights { gate, up, down_t };
+            let skip = reference::skipped(&rows, n_rows, &x);
+            let mut h = vec![0.0; n_rows];
+            reference::gate_up(&w, &rows, activation, &x, &mut h);
+            let first = random.below(one_in as u64) as u32;
+            let sample: Vec<u32> = (first..n_rows as u32).step_by(one_in).collect();
+            drawn[layer * n_drawn..][..sample.len()].copy_from_slice(&sample);
+            for row in sample.iter().map(|&row| row as usize).filter(|&row| skip[row]) {
+                let distance = (reference::dot(&gate, row, &x) - edge).abs();
+                prop_assume!(distance == 0.0 && magnitude(&gate, row, &x) == 0.0
+                    || distance > 4.0 * TOLERANCE * magnitude(&gate, row, &x));
+            }
+
+            let norms: Vec<f64> = (0..n_rows)
+                .map(|row| (0..n_cols).map(|c| f64::from(down_t.data.get(row * n_cols + c)).powi(2)).sum())
+                .collect();
+            let bound = |row: usize| (magnitude(&gate, row, &x) * magnitude(&up, row, &x)).powi(2) * norms[row];
+            let missed: f64 = sample.iter().map(|&row| row as usize).filter(|&row| skip[row]).map(bound).sum();
+            let kept: f64 = (0..n_rows).filter(|&row| !skip[row]).map(bound).sum();
+            wanted.push((reference::audit(&w, &rows, activation, &x, &sample), missed, kept));
+
+            let of_layer = trace.layer(layer, n_cols, n_rows);
+            device.write(of_layer.x, &x).unwrap();
+            device.write(of_layer.h, &h).unwrap();
+            device.write(of_layer.skip, &skip.into_iter().map(u8::from).collect::<Vec<_>>()).unwrap();
+            let [w_gate, w_up, w_down_t] = [&gate, &up, &down_t].map(|w| Uploaded::new(&device, w));
+            device.write(scratch.norms(layer), &vec![f32::NAN; n_rows]).unwrap();
+            device.squared_norms(&w_down_t.matrix(), scratch.norms(layer)).unwrap();
+            let mut got = vec![0.0; n_rows];
+            device.read(scratch.norms(layer), &mut got).unwrap();
+            assert_close("norms", &got, &norms, &norms);
+            uploaded.push((random.below(4) > 0).then_some([w_gate, w_up]));
+        }
+        device.write(scratch.sample(), &drawn).unwrap();
+        let layers: Vec<_> = uploaded
+            .iter()
+            .map(|layer| layer.as_ref().map(|[gate, up]| AuditLayer { w_gate: gate.matrix(), w_up: up.matrix() }))
+            .collect();
+        let run = || {
+            let mut records = vec![[u64::MAX; 3]; n_layers * scratch.n_blocks()];
+            device.write(scratch.records(), &records).unwrap();
+            device.audit(&AuditCall { layers: &layers, activation, scratch: &scratch }).unwrap();
+            device.read(scratch.records(), &mut records).unwrap();
+            records
+        };
+        let records: Vec<AuditRecord> = run();
+        prop_assert_eq!(&run(), &records);
+        for ((records, layer), (want, missed, kept)) in
+            records.chunks_exact(scratch.n_blocks()).zip(&layers).zip(wanted)
+        {
+            if layer.is_none() {
+                prop_assert!(records.iter().all(|record| *record == [u64::MAX; 3]), "{records:?}");
+                continue;
+            }
+            let found = audit_of(records);
+            prop_assert_eq!((found.n_skipped, found.n_missed), (want.n_skipped, want.n_missed));
+            for (found, want, bound) in [
+                (found.missed_energy, want.missed_energy, missed),
+                (found.kept_energy, want.kept_energy, kept),
+            ] {
+                let error = (found - want).abs();
+                prop_assert!(error <= 8.0 * TOLERANCE * bound + 1e-30, "{found} for {want}");
+            }
+        }
     }
 
     #[test]
@@ -660,6 +795,8 @@ impl Mlp {
             eps: EPS,
             h: self.h.view(),
             counts: self.counts.view(),
+            normed: None,
+            skip: None,
         })?;
         device.down(&DownCall {
             w_down_t: self.weights[2].matrix(),
@@ -884,8 +1021,14 @@ impl Model {
         }
     }
 
-    /// Logits, state and rows counted after the token in `state`, as one kernel.
-    fn in_one(&self, device: &Device, select: usize, position: usize) -> (Vec<f32>, [u32; 2], Vec<u64>) {
+    /// Logits, state and rows counted after the token in `state`, as one kernel, which fills `trace`.
+    fn in_one(
+        &self,
+        device: &Device,
+        select: usize,
+        position: usize,
+        trace: Option<&Trace>,
+    ) -> (Vec<f32>, [u32; 2], Vec<u64>) {
         let scratch = device
             .decode_scratch(&self.shape, self.d, self.f, 0, self.embedding.dtype.n_bytes())
             .unwrap()
@@ -928,6 +1071,7 @@ impl Model {
                 counts: counts.view(),
                 greedy: true,
                 clocks: None,
+                trace: trace.map(|trace| trace.scratch.trace()),
                 scratch: &scratch,
             })
             .unwrap();
@@ -938,9 +1082,15 @@ impl Model {
     }
 
     /// The same as a run of single kernels.
-    fn in_kernels(&self, device: &Device, select: usize, position: usize) -> (Vec<f32>, [u32; 2], Vec<u64>) {
+    fn in_kernels(
+        &self,
+        device: &Device,
+        select: usize,
+        position: usize,
+        trace: &Trace,
+    ) -> (Vec<f32>, [u32; 2], Vec<u64>) {
         let q_width = self.shape.n_heads * self.shape.head_dim;
-        let [x, q, attended, h, logits] = [self.d, q_width, q_width, self.f, 300].map(|n| poison(device, n));
+        let [x, q, attended, logits] = [self.d, q_width, q_width, 300].map(|n| poison(device, n));
         let (state, counts) = (state(device, 11, position), device.alloc(32).unwrap());
         let attention = device.attention_scratch(&self.shape).unwrap();
         let down = device.down_scratch(self.f, self.d).unwrap();
@@ -978,6 +1128,7 @@ impl Model {
             let call = MatvecCall { w: w_o, x: attended.view(), norm: None, y: x.view(), accumulate: true };
             device.matvec(&call).unwrap();
             let rows = self.rows(i, select);
+            let MlpTrace { x: normed, h, skip } = trace.layer(i);
             let call = GateUpCall {
                 w_gate,
                 w_up,
@@ -986,11 +1137,13 @@ impl Model {
                 x: x.view(),
                 norm: self.norm.view(),
                 eps: EPS,
-                h: h.view(),
+                h,
                 counts: counts.view().slice(16 * i, 16),
+                normed: Some(normed),
+                skip: Some(skip),
             };
             device.gate_up(&call).unwrap();
-            let call = DownCall { w_down_t, h: h.view(), dense: select == 0, x: x.view(), scratch: &down };
+            let call = DownCall { w_down_t, h, dense: select == 0, x: x.view(), scratch: &down };
             device.down(&call).unwrap();
         }
         let norm = Some((self.norm.view(), EPS));
@@ -1026,23 +1179,45 @@ proptest! {
         let f = if d > 2000 { f.min(700) } else { f };
         let shape = AttentionShape { n_heads: n_kv_heads * group, n_kv_heads, head_dim, n_positions_max: position + 3 };
         let model = Model::new(&device, &mut random, kind, shape, d, f);
-        let (want, want_state, want_counts) = model.in_kernels(&device, select, position);
-        let (got, got_state, got_counts) = model.in_one(&device, select, position);
-        let largest = want.iter().fold(0.0f32, |largest, v| largest.max(v.abs()));
-        for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+        let want_trace = Trace::new(&device, 2, d, f);
+        let (want, want_state, want_counts) = model.in_kernels(&device, select, position, &want_trace);
+        let (got, got_state, got_counts) = model.in_one(&device, select, position, None);
+        let far = |got: &[f32], want: &[f32]| {
+            let largest = want.iter().fold(0.0f32, |largest, v| largest.max(v.abs()));
             let share = if select < 3 { 1e-3 } else { 0.1 };
-            prop_assert!((got - want).abs() <= share * largest, "logit {i} is {got}, not {want}");
-        }
+            // Also true of what is no number.
+            let is_near = |(got, want): (&f32, &f32)| (got - want).abs() <= share * largest;
+            got.iter().zip(want).position(|pair| !is_near(pair)).map(|i| (i, got[i], want[i]))
+        };
+        prop_assert_eq!(far(&got, &want), None, "logit, found, expected");
         prop_assert_eq!(got_state[1], want_state[1]);
         prop_assert!(got[got_state[0] as usize] >= got.iter().copied().fold(f32::MIN, f32::max));
         for (got, want) in got_counts.iter().zip(&want_counts) {
             prop_assert!(got.abs_diff(*want) <= 2 + want / 100, "{got_counts:?}, not {want_counts:?}");
         }
-        for _ in 0..2 {
-            let (again, again_state, again_counts) = model.in_one(&device, select, position);
+        let traces = [0, 1].map(|_| Trace::new(&device, 2, d, f));
+        for trace in [None, Some(&traces[0]), Some(&traces[1])] {
+            let (again, again_state, again_counts) = model.in_one(&device, select, position, trace);
             assert_same("logits", &got, &again);
             prop_assert_eq!(got_state, again_state);
             prop_assert_eq!(&got_counts, &again_counts);
+        }
+        for layer in 0..2 {
+            let [(x, h, skip), (again_x, again_h, again_skip)] =
+                traces.each_ref().map(|trace| trace.read(&device, layer));
+            assert_same("traced x", &x, &again_x);
+            assert_same("traced h", &h, &again_h);
+            prop_assert_eq!(&skip, &again_skip);
+            let (want_x, ..) = want_trace.read(&device, layer);
+            prop_assert_eq!(far(&x, &want_x), None, "column of layer {}, found, expected", layer);
+            let n_kept = skip.iter().filter(|&&skip| skip == 0).count() as u64;
+            prop_assert_eq!(n_kept, got_counts[2 * layer]);
+            prop_assert!(skip.iter().all(|&skip| skip <= 1) && h.iter().all(|h| h.is_finite()));
+            prop_assert!(h.iter().zip(&skip).all(|(&h, &skip)| skip == 0 || h == 0.0));
+            let n_not_zero = h.iter().filter(|&&h| h != 0.0).count() as u64;
+            let n_active = got_counts[2 * layer + 1];
+            // Of active rows, those whose product with up is zero: there are few special values.
+            prop_assert!(n_not_zero <= n_active && n_not_zero + 2 >= n_active, "{n_not_zero} of {n_active}");
         }
     }
 }
@@ -1200,8 +1375,25 @@ impl Exact {
         }
     }
 
+    /// What `trace` has of a layer, if it is not what the reference and the layer's mask say.
+    fn traced(&self, device: &Device, trace: &Trace, layer: usize, case: &str) -> Vec<String> {
+        let (x, h, skip) = trace.read(device, layer);
+        let mut input = vec![0.0; self.d];
+        reference::rmsnorm(&self.x, &vec![1.0; self.d], EPS, &mut input);
+        let want_x: Vec<f64> = input.iter().copied().map(f64::from).collect();
+        assert_close("traced x", &x, &want_x, &want_x.iter().map(|x| 2.0 * x.abs()).collect::<Vec<_>>());
+        let skips: Vec<bool> = skip.iter().map(|&skip| skip == 1).collect();
+        let left_out: Vec<bool> = self.layers[layer].keep.iter().map(|keep| !keep).collect();
+        let mut found =
+            Vec::from_iter(differences(&format!("{case}: traced rows left out"), &skips, &left_out));
+        // Every row is active.
+        let zeros: Vec<bool> = h.iter().map(|&h| h == 0.0).collect();
+        found.extend(differences(&format!("{case}: traced h of 0"), &zeros, &left_out));
+        found
+    }
+
     /// Rows of layer `live` that the whole token kept, and how many each layer up to it did.
-    fn in_one(&self, device: &Device, live: usize) -> (Vec<bool>, Vec<u64>) {
+    fn in_one(&self, device: &Device, live: usize, trace: &Trace) -> (Vec<bool>, Vec<u64>) {
         let (d, f, shape) = (self.d, self.f, Self::shape());
         let ranks =
             self.layers.iter().filter_map(|layer| layer.factors.as_ref()).map(|factors| factors.fc1.n_rows);
@@ -1246,6 +1438,7 @@ impl Exact {
             counts: counts.view(),
             greedy: false,
             clocks: None,
+            trace: Some(trace.scratch.trace()),
             scratch: &scratch,
         };
         device.decode(&call).unwrap();
@@ -1301,13 +1494,13 @@ impl Exact {
     }
 
     /// Rows of `layer` that the separate kernel kept, and how many it counted.
-    fn in_kernel(&self, device: &Device, layer: usize) -> (Vec<bool>, Vec<u64>) {
-        let (x, h) = (upload(device, &self.x), poison(device, self.f));
-        let counts = device.alloc(16).unwrap();
-        let (mut rows, skip) = (self.rows(layer), device.upload(&vec![7u8; self.f]).unwrap());
+    fn in_kernel(&self, device: &Device, layer: usize, trace: &Trace) -> (Vec<bool>, Vec<u64>) {
+        let (x, counts) = (upload(device, &self.x), device.alloc(16).unwrap());
+        let MlpTrace { x: normed, h, skip } = trace.layer(layer);
+        let (mut rows, mask) = (self.rows(layer), device.upload(&vec![7u8; self.f]).unwrap());
         if let DeviceRows::LowRank { factors, thresholds } = rows {
-            self.skip_low_rank(device, x.view(), factors, thresholds, skip.view());
-            rows = DeviceRows::Masked { skip: skip.view() };
+            self.skip_low_rank(device, x.view(), factors, thresholds, mask.view());
+            rows = DeviceRows::Masked { mask: mask.view() };
         }
         let call = GateUpCall {
             w_gate: self.ones.matrix(),
@@ -1317,13 +1510,15 @@ impl Exact {
             x: x.view(),
             norm: self.norm.view(),
             eps: EPS,
-            h: h.view(),
+            h,
             counts: counts.view(),
+            normed: Some(normed),
+            skip: Some(skip),
         };
         device.gate_up(&call).unwrap();
         let mut counted = [0u64; 2];
         device.read(counts.view(), &mut counted).unwrap();
-        (download(device, &h).iter().map(|&h| h != 0.0).collect(), vec![counted[0]])
+        (trace.read(device, layer).1.iter().map(|&h| h != 0.0).collect(), vec![counted[0]])
     }
 }
 
@@ -1390,20 +1585,26 @@ fn a_token_keeps_the_rows_of_the_reference() {
             let case = format!(
                 "type {kind}, {f} rows of {d} columns, layer {layer} in {n_planes} planes, rank {rank}"
             );
-            let (rows, counts) = model.in_one(&device, layer);
+            let trace = Trace::new(&device, model.layers.len(), d, f);
+            let (rows, counts) = model.in_one(&device, layer, &trace);
             found.extend(differences(
                 &format!("{case}, one kernel: kept rows counted"),
                 &counts,
                 &n_kept[..=layer],
             ));
             found.extend(differences(&format!("{case}, one kernel: kept"), &rows, keep));
-            let (rows, counts) = model.in_kernel(&device, layer);
+            for traced in 0..=layer {
+                found.extend(model.traced(&device, &trace, traced, &format!("{case}, one kernel, {traced}")));
+            }
+            let trace = Trace::new(&device, model.layers.len(), d, f);
+            let (rows, counts) = model.in_kernel(&device, layer, &trace);
             found.extend(differences(
                 &format!("{case}, gate_up: kept rows counted"),
                 &counts,
                 &[n_kept[layer]],
             ));
             found.extend(differences(&format!("{case}, gate_up: kept"), &rows, keep));
+            found.extend(model.traced(&device, &trace, layer, &format!("{case}, gate_up")));
         }
     }
     assert!(found.is_empty(), "{} differences:\n{}", found.len(), found.join("\n"));

@@ -70,16 +70,8 @@ pub(crate) trait Engine<'m>: std::fmt::Debug {
     /// Appends one token at `position`; adds what was read to `usage`.
     fn decode(&mut self, token: u32, position: usize, usage: &mut Usage) -> Result<(), RuntimeError>;
 
-    /// False if [`Engine::decode_audited`] is not implemented here.
-    fn has_audit(&self) -> bool {
-        false
-    }
-
     /// As [`Engine::decode`], with the same logits; in every layer that predicts, rows of `audit.draw(number, layer)`
     /// that the predictor leaves out are computed beside the others, and `audit.record` gets what they have.
-    ///
-    /// # Errors
-    /// [`RuntimeError::NoAudit`] from backends without it.
     fn decode_audited(
         &mut self,
         token: u32,
@@ -87,12 +79,9 @@ pub(crate) trait Engine<'m>: std::fmt::Debug {
         usage: &mut Usage,
         audit: &mut Audit,
         number: usize,
-    ) -> Result<(), RuntimeError> {
-        let _ = (token, position, usage, audit, number);
-        Err(RuntimeError::NoAudit { backend: self.describe() })
-    }
+    ) -> Result<(), RuntimeError>;
 
-    /// The choice of one layer, to be moved.
+    /// The choice of one layer, whose limits or thresholds are to be moved: it stays of its kind.
     fn layer_rows_mut(&mut self, layer: usize) -> &mut RowChoice;
 
     /// Has [`Engine::decode_and_choose`] draw from now on as a [`crate::sampler::Sampler`] with these options and tokens

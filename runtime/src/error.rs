@@ -80,12 +80,6 @@ pub enum RuntimeError {
         /// The file.
         path: String,
     },
-    /// Audits were asked for on a backend without them.
-    #[error("audits are not implemented on {backend}")]
-    NoAudit {
-        /// What runs the model.
-        backend: String,
-    },
     /// The file does not say what to hold, or between which bounds.
     #[error("{path}: layer {layer}: expected {expected} to adapt its limit by, found {found}")]
     NoTarget {
@@ -156,7 +150,6 @@ impl RuntimeError {
             Self::NothingToAudit { .. } => {
                 Some("every row is computed; files with prediction come from prep convert")
             }
-            Self::NoAudit { .. } => Some("audit on the CPU: --device cpu"),
             Self::NoTarget { .. } => Some(
                 "convert the model again without --alpha, so that it is calibrated; or leave out --adaptive",
             ),

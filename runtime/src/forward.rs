@@ -292,10 +292,6 @@ impl<'m> Engine<'m> for CpuEngine<'m> {
         self.step(token, position, usage, None)
     }
 
-    fn has_audit(&self) -> bool {
-        true
-    }
-
     fn decode_audited(
         &mut self,
         token: u32,

@@ -265,15 +265,12 @@ impl<'m> Session<'m> {
     /// results, unless the options ask to adapt.
     ///
     /// # Errors
-    /// [`RuntimeError::NoAudit`] on a backend without audits, [`RuntimeError::NothingToAudit`] where nothing is
-    /// predicted, [`RuntimeError::NoTarget`] where there is nothing to adapt by.
+    /// [`RuntimeError::NothingToAudit`] where nothing is predicted, [`RuntimeError::NoTarget`] where there is nothing to
+    /// adapt by.
     pub fn set_audit(&mut self, options: Option<AuditOptions>) -> Result<(), RuntimeError> {
         self.audit = None;
         self.adaptive = None;
         let Some(options) = options else { return Ok(()) };
-        if !self.engine.has_audit() {
-            return Err(RuntimeError::NoAudit { backend: self.engine.describe() });
-        }
         let predicting: Vec<bool> = self.limits.iter().map(Option::is_some).collect();
         if !predicting.contains(&true) {
             return Err(RuntimeError::NothingToAudit { path: self.model.path().to_owned() });
@@ -424,17 +421,26 @@ impl<'m> Session<'m> {
     /// As [`Session::prefill`].
     pub fn decode(&mut self, token: u32) -> Result<&[f32], RuntimeError> {
         self.check(&[token])?;
-        let (position, usage) = (self.n_positions, &mut self.usage);
-        let number = self.audit.as_mut().and_then(Audit::next_token);
-        match (&mut self.audit, number) {
-            (Some(audit), Some(number)) => {
-                self.engine.decode_audited(token, position, usage, audit, number)?;
-                self.adapt();
-            }
-            _ => self.engine.decode(token, position, usage)?,
+        if !self.decode_if_audited(token)? {
+            self.decode_plain(token)?;
         }
-        self.n_positions += 1;
         Ok(self.engine.logits())
+    }
+
+    fn decode_plain(&mut self, token: u32) -> Result<(), RuntimeError> {
+        self.engine.decode(token, self.n_positions, &mut self.usage)?;
+        self.n_positions += 1;
+        Ok(())
+    }
+
+    /// Counts `token` among those of the audits, and decodes it if it is to be audited.
+    fn decode_if_audited(&mut self, token: u32) -> Result<bool, RuntimeError> {
+        let Some(audit) = &mut self.audit else { return Ok(false) };
+        let Some(number) = audit.next_token() else { return Ok(false) };
+        self.engine.decode_audited(token, self.n_positions, &mut self.usage, audit, number)?;
+        self.n_positions += 1;
+        self.adapt();
+        Ok(true)
     }
 
     /// Has [`Session::decode_and_choose`] draw on the device as a [`Sampler`] of these options would, which the CPU's
@@ -447,7 +453,7 @@ impl<'m> Session<'m> {
     }
 
     /// As [`Session::decode`], and the next token: drawn on the device after [`Session::set_sampler`], which leaves the
-    /// logits there, else by `sampler`.
+    /// logits there, else by `sampler`, as after an audited token. Both draw the same.
     ///
     /// # Errors
     /// As [`Session::decode`]; the inner one where the logits are of no use.
@@ -457,13 +463,14 @@ impl<'m> Session<'m> {
         sampler: &mut Sampler,
     ) -> Result<Result<u32, SampleError>, RuntimeError> {
         self.check(&[token])?;
-        match self.engine.decode_and_choose(token, self.n_positions, &mut self.usage)? {
-            Some(chosen) => {
+        if !self.decode_if_audited(token)? {
+            if let Some(chosen) = self.engine.decode_and_choose(token, self.n_positions, &mut self.usage)? {
                 self.n_positions += 1;
-                Ok(chosen)
+                return Ok(chosen);
             }
-            None => Ok(sampler.sample(self.decode(token)?)),
+            self.decode_plain(token)?;
         }
+        Ok(sampler.sample(self.engine.logits()))
     }
 
     /// Decodes `tokens` after the context, which stays as it is, and times the steps of a token in the engine's kernel.

@@ -5,7 +5,7 @@ use std::array;
 use super::launch::{
     LowRankArgs, RowsArgs, check_aligned, check_cache, check_floats, check_state, same_type, x_planes_bytes,
 };
-use super::{Buffer, CudaError, Device, DeviceMatrix, DeviceRows, View};
+use super::{Buffer, CudaError, Device, DeviceMatrix, DeviceRows, MlpTrace, View};
 use crate::shape::check;
 use crate::{Activation, AttentionShape, PLANES_MAX};
 
@@ -180,6 +180,8 @@ pub struct DecodeCall<'a> {
     pub greedy: bool,
     /// Clocks of each block by step, `(DecodeScratch::n_blocks, DECODE_STEPS)` u64; added to.
     pub clocks: Option<View<'a>>,
+    /// What an audit looks at.
+    pub trace: Option<MlpTrace<'a>>,
     /// Room for what passes between blocks.
     pub scratch: &'a DecodeScratch,
 }
@@ -293,6 +295,9 @@ struct DecodeArgs {
     eps: f32,
     scale: f32,
     heads_per_pair: f32,
+    mlp_x: u64,
+    mlp_h: u64,
+    mlp_skip: u64,
     layers: [LayerArgs; LAYERS_MAX],
 }
 
@@ -451,8 +456,8 @@ impl Device {
             if rank > plan.rank_max {
                 return Err(CudaError::Unsupported { what: "rank", found: rank, max: plan.rank_max });
             }
-            if let DeviceRows::Masked { skip } = w.rows {
-                let (what, found) = ("bytes of a mask inside decode", skip.len_bytes());
+            if let DeviceRows::Masked { mask } = w.rows {
+                let (what, found) = ("bytes of a mask inside decode", mask.len_bytes());
                 return Err(CudaError::Unsupported { what, found, max: 0 });
             }
             *args = LayerArgs {
@@ -480,6 +485,8 @@ impl Device {
             check("bytes of clocks", plan.n_blocks * DECODE_STEPS.len() * 8, view.len_bytes())?;
             Ok(view.address())
         })?;
+        let [mlp_x, mlp_h, mlp_skip] =
+            call.trace.map_or(Ok([0; 3]), |trace| trace.addresses(call.layers.len(), d, f))?;
         let n_angles = call.shape.n_positions_max * shape.head_dim / 2;
         let (activation, threshold) = super::launch::activation_args(call.activation);
         let scratch = call.scratch;
@@ -531,6 +538,9 @@ impl Device {
             eps: call.eps,
             scale: std::f32::consts::LOG2_E / (shape.head_dim as f32).sqrt(),
             heads_per_pair: 2.0 / shape.head_dim as f32,
+            mlp_x,
+            mlp_h,
+            mlp_skip,
             layers,
         };
         let kernel = match plan.rank_max {

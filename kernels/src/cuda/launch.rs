@@ -134,7 +134,7 @@ impl<'a> DeviceMatrix<'a> {
     }
 
     /// True if every row starts at a multiple of 16 bytes and is one long.
-    fn is_wide(&self) -> bool {
+    pub(super) fn is_wide(&self) -> bool {
         self.data.address().is_multiple_of(16) && (self.n_cols * self.dtype.n_bytes()).is_multiple_of(16)
     }
 }
@@ -247,7 +247,7 @@ pub enum DeviceRows<'a> {
     /// Gate rows that a mask keeps.
     Masked {
         /// `(n_rows,)` u8, 1 where a row is left out.
-        skip: View<'a>,
+        mask: View<'a>,
     },
 }
 
@@ -338,6 +338,10 @@ pub struct GateUpCall<'a> {
     pub h: View<'a>,
     /// Rows kept and rows active, two u64; added to.
     pub counts: View<'a>,
+    /// Where x goes after its norm, `(n_cols,)` f32; written.
+    pub normed: Option<View<'a>>,
+    /// `(n_rows,)` u8, 1 where the predictor left a row out; written.
+    pub skip: Option<View<'a>>,
 }
 
 /// Down projection of one token. Shapes as in down.cu.
@@ -367,7 +371,7 @@ pub struct DownScratch {
 /// `RowCut` of dot.cuh.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
-struct RowCut {
+pub(super) struct RowCut {
     n_cols: i32,
     n_segs: i32,
     seg_loads: i32,
@@ -377,7 +381,7 @@ struct RowCut {
 
 impl RowCut {
     /// How the rows of `matrices`, all of one type and width, are cut.
-    fn new(device: &Device, matrices: &[DeviceMatrix<'_>]) -> Self {
+    pub(super) fn new(device: &Device, matrices: &[DeviceMatrix<'_>]) -> Self {
         let w = matrices[0];
         let cols_per_load = WARP * 16 / w.dtype.n_bytes();
         let n_loads = w.n_cols.div_ceil(cols_per_load).max(1);
@@ -391,8 +395,13 @@ impl RowCut {
         }
     }
 
+    /// Segments in a row.
+    pub(super) fn n_segs(&self) -> usize {
+        self.n_segs as usize
+    }
+
     /// Bytes of the vector in shared memory.
-    fn slot_bytes(&self, dtype: Dtype) -> usize {
+    pub(super) fn slot_bytes(&self, dtype: Dtype) -> usize {
         (self.n_segs * self.seg_loads) as usize * WARP * 16 / dtype.n_bytes() * size_of::<f32>()
     }
 }
@@ -457,7 +466,7 @@ struct GateUpArgs {
     signs: u64,
     low: u64,
     limits: u64,
-    skip: u64,
+    mask: u64,
     h: u64,
     counts: u64,
     n_rows: i32,
@@ -469,6 +478,8 @@ struct GateUpArgs {
     threshold: f32,
     eps: f32,
     n_rows_max: i32,
+    normed: u64,
+    skip: u64,
 }
 
 #[repr(C)]
@@ -568,8 +579,7 @@ impl Device {
         check_state(call.state)?;
         let cut = RowCut::new(self, &[*w_q, *w_k, *w_v]);
         let n_pairs = (shape.n_heads + 2 * shape.n_kv_heads) * head_dim / 2;
-        let (n_blocks, shared_bytes) =
-            self.dot_grid(&cut, w_q.dtype, n_pairs, 2 * cut.n_segs as usize * 4, 0)?;
+        let (n_blocks, shared_bytes) = self.dot_grid(&cut, w_q.dtype, n_pairs, 2 * cut.n_segs() * 4, 0)?;
         let args = QkvArgs {
             cut,
             w_q: w_q.data.address(),
@@ -676,7 +686,7 @@ impl Device {
             check_floats("matvec norm", w.n_cols, norm)?;
         }
         let cut = RowCut::new(self, &[*w]);
-        let (n_blocks, shared_bytes) = self.dot_grid(&cut, w.dtype, w.n_rows, cut.n_segs as usize * 4, 0)?;
+        let (n_blocks, shared_bytes) = self.dot_grid(&cut, w.dtype, w.n_rows, cut.n_segs() * 4, 0)?;
         let args = MatvecArgs {
             cut,
             w: w.data.address(),
@@ -707,6 +717,12 @@ impl Device {
         check_floats("gate norm", n_cols, call.norm)?;
         check_floats("gate output", n_rows, call.h)?;
         check("bytes of counts", 16, call.counts.len_bytes())?;
+        if let Some(normed) = call.normed {
+            check_floats("normed input of gate", n_cols, normed)?;
+        }
+        if let Some(skip) = call.skip {
+            check("rows left out", n_rows, skip.len_bytes())?;
+        }
         let n_words = n_cols.div_ceil(WARP);
         let rows = RowsArgs::new(&call.rows, n_rows, n_cols)?;
         if rows.factors.rank > 0 {
@@ -716,7 +732,7 @@ impl Device {
         let (activation, threshold) = activation_args(call.activation);
         let cut = RowCut::new(self, &[*w_gate, *w_up]);
         // h, both queues, and two rows of partial sums; the sign words or planes come beside the vector.
-        let row_bytes = 3 * 4 + 2 * cut.n_segs as usize * 4;
+        let row_bytes = 3 * 4 + 2 * cut.n_segs() * 4;
         let sign_bytes =
             if rows.n_planes > 0 { x_planes_bytes(n_words) } else { cut.slot_bytes(w_gate.dtype) / WARP };
         let (n_blocks, shared_bytes) = self.dot_grid(&cut, w_gate.dtype, n_rows, row_bytes, sign_bytes)?;
@@ -729,7 +745,7 @@ impl Device {
             signs: rows.signs,
             low: rows.low,
             limits: rows.limits,
-            skip: rows.skip,
+            mask: rows.mask,
             h: call.h.address(),
             counts: call.counts.address(),
             n_rows: n_rows as i32,
@@ -741,6 +757,8 @@ impl Device {
             threshold,
             eps: call.eps,
             n_rows_max: n_rows.div_ceil(n_blocks) as i32,
+            normed: call.normed.map_or(0, View::address),
+            skip: call.skip.map_or(0, View::address),
         };
         let kernel = format!("gate_up_{}", w_gate.dtype.suffix());
         // SAFETY: every length was checked above.
@@ -1062,8 +1080,8 @@ pub(super) struct RowsArgs {
     pub(super) limits: u64,
     /// A threshold as its bits.
     pub(super) limit: u32,
-    /// A mask, in place of a prediction.
-    pub(super) skip: u64,
+    /// In place of a prediction.
+    pub(super) mask: u64,
     pub(super) factors: LowRankArgs,
 }
 
@@ -1075,7 +1093,7 @@ impl RowsArgs {
         low: 0,
         limits: 0,
         limit: 0,
-        skip: 0,
+        mask: 0,
         factors: LowRankArgs::NONE,
     };
 
@@ -1109,9 +1127,9 @@ impl RowsArgs {
                 let factors = LowRankArgs::new(&factors, n_rows, n_cols)?;
                 Self { signs, limits, limit, factors, ..predicted }
             }
-            DeviceRows::Masked { skip } => {
-                check("bytes of rows left out", n_rows, skip.len_bytes())?;
-                Self { skip: skip.address(), ..predicted }
+            DeviceRows::Masked { mask } => {
+                check("bytes of a mask", n_rows, mask.len_bytes())?;
+                Self { mask: mask.address(), ..predicted }
             }
         };
         if n_words.is_multiple_of(4) {

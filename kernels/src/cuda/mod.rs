@@ -5,6 +5,7 @@
 //! a [`Graph`] is a recorded run of them. Deliberately absent: any knowledge of a model, any choice of what runs on
 //! which device, and the CUDA toolkit.
 
+mod audit;
 mod cublas;
 mod decode;
 mod device;
@@ -16,6 +17,7 @@ mod prefill;
 mod sample;
 mod upload;
 
+pub use audit::{AuditCall, AuditLayer, AuditRecord, AuditScratch, MlpTrace, audit_of};
 pub use decode::{DECODE_STEPS, DecodeCall, DecodeLayer, DecodeScratch, ReadingStep, StepTime, step_times};
 pub use device::{Device, DeviceInfo, Event, Graph, list_devices};
 pub use error::CudaError;

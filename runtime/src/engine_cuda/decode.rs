@@ -2,8 +2,8 @@
 
 use kernels::cuda::{
     AttentionCall, AttentionScratch, Buffer, CudaError, DecodeCall, DecodeLayer, DecodeScratch, Device,
-    DeviceRows, DownCall, DownScratch, Dtype, GateUpCall, MatvecCall, PrefillNormCall, QkvCall, Quantised,
-    SampleCall, View, quantised_bytes,
+    DeviceRows, DownCall, DownScratch, Dtype, GateUpCall, MatvecCall, MlpTrace, PrefillNormCall, QkvCall,
+    Quantised, SampleCall, View, quantised_bytes,
 };
 use kernels::sample::Draw;
 use kernels::{AttentionShape, Matrix, MlpWeights};
@@ -39,7 +39,7 @@ struct LowRankVectors {
     planes: Buffer,
     scale: Buffer,
     inner: Buffer,
-    skip: Buffer,
+    mask: Buffer,
 }
 
 /// How tokens are drawn on the device.
@@ -71,7 +71,7 @@ impl Way {
                 planes: device.alloc(quantised_bytes(1, hidden_size))?,
                 scale: floats(1)?,
                 inner: floats(rank_max)?,
-                skip: device.alloc(intermediate_size)?,
+                mask: device.alloc(intermediate_size)?,
             }),
         };
         Ok(Self::Kernels(Box::new(Vectors {
@@ -93,7 +93,7 @@ impl ModelState<'_> {
         rows: &[RowChoice],
         sampler: &DeviceSampler,
     ) -> Result<(), CudaError> {
-        self.token(rows, None)?;
+        self.token(rows, None, None)?;
         if let Way::Kernels(_) = self.way {
             self.device.advance(self.token.view())?;
         }
@@ -107,11 +107,16 @@ impl ModelState<'_> {
         })
     }
 
-    /// Launches everything that the token in `self.token` needs. The one kernel adds to `clocks`.
-    pub(super) fn token(&self, rows: &[RowChoice], clocks: Option<View<'_>>) -> Result<(), CudaError> {
+    /// Launches everything that the token in `self.token` needs. The one kernel adds to `clocks`. Either way fills `trace`.
+    pub(super) fn token(
+        &self,
+        rows: &[RowChoice],
+        clocks: Option<View<'_>>,
+        trace: Option<MlpTrace<'_>>,
+    ) -> Result<(), CudaError> {
         match &self.way {
-            Way::OneKernel(scratch) => self.token_in_one(rows, scratch, clocks),
-            Way::Kernels(vectors) => self.token_in_kernels(rows, vectors),
+            Way::OneKernel(scratch) => self.token_in_one(rows, scratch, clocks, trace),
+            Way::Kernels(vectors) => self.token_in_kernels(rows, vectors, trace),
         }
     }
 
@@ -120,6 +125,7 @@ impl ModelState<'_> {
         rows: &[RowChoice],
         scratch: &DecodeScratch,
         clocks: Option<View<'_>>,
+        trace: Option<MlpTrace<'_>>,
     ) -> Result<(), CudaError> {
         let layers = self
             .weights
@@ -160,6 +166,7 @@ impl ModelState<'_> {
             counts: self.counts(),
             greedy: false,
             clocks,
+            trace,
             scratch,
         })
     }
@@ -185,13 +192,18 @@ impl ModelState<'_> {
         };
         let quantised = Quantised { planes: v.planes.view(), scales: v.scale.view() };
         let inner = v.inner.view().slice(0, factors.fc1.n_rows() * size_of::<f32>());
-        self.skip_low_rank(norm, quantised, factors, thresholds, inner, v.skip.view())?;
-        Ok(DeviceRows::Masked { skip: v.skip.view() })
+        self.skip_low_rank(norm, quantised, factors, thresholds, inner, v.mask.view())?;
+        Ok(DeviceRows::Masked { mask: v.mask.view() })
     }
 
-    fn token_in_kernels(&self, rows: &[RowChoice], vectors: &Vectors) -> Result<(), CudaError> {
+    fn token_in_kernels(
+        &self,
+        rows: &[RowChoice],
+        vectors: &Vectors,
+        trace: Option<MlpTrace<'_>>,
+    ) -> Result<(), CudaError> {
         let Self { device, shape, .. } = self;
-        let (x, q, h) = (vectors.x.view(), vectors.q.view(), vectors.h.view());
+        let (x, q) = (vectors.x.view(), vectors.q.view());
         let state = self.token.view();
         device.embed(&self.matrix(&self.weights.embedding)?, state, x)?;
         for (layer, (w, [keys, values])) in self.weights.layers.iter().zip(&self.keys_and_values).enumerate()
@@ -229,6 +241,8 @@ impl ModelState<'_> {
                 accumulate: true,
             })?;
             let rows = self.masked(layer, self.rows(layer, &rows[layer])?, vectors)?;
+            let trace = trace.map(|trace| trace.layer(layer, w.mlp.gate.n_cols, w.mlp.gate.n_rows));
+            let h = trace.map_or(vectors.h.view(), |trace| trace.h);
             device.gate_up(&GateUpCall {
                 w_gate: self.matrix(&w.mlp.gate)?,
                 w_up: self.matrix(&w.mlp.up)?,
@@ -239,6 +253,8 @@ impl ModelState<'_> {
                 eps: self.eps,
                 h,
                 counts: self.counts().slice(layer * COUNT_BYTES, COUNT_BYTES),
+                normed: trace.map(|trace| trace.x),
+                skip: trace.map(|trace| trace.skip),
             })?;
             device.down(&DownCall {
                 w_down_t: self.matrix(&w.mlp.down_t)?,

@@ -2,9 +2,10 @@
 //!
 //! The file's bytes lie on the device as one image (on integrated GPUs the mapped pages themselves), so that every
 //! weight's address there is its address in the map, moved. [`decode`] runs one token, recorded as a graph, for which
-//! token and position live on the device; [`prompt`] runs batches. Both fill the same cache. [`steps`] tells where the
-//! time of a token goes.
+//! token and position live on the device; [`prompt`] runs batches. Both fill the same cache. [`audit`] looks at what a token
+//! left out, [`steps`] tells where its time goes.
 
+mod audit;
 mod decode;
 mod prompt;
 mod steps;
@@ -19,9 +20,11 @@ use kernels::cuda::{
 };
 use kernels::{Activation, AttentionShape, BitPlanes, Elements, LowRank, Matrix, MlpCounts, Residual};
 
+use self::audit::Audits;
 use self::decode::{DeviceSampler, Way};
 use self::prompt::Prompt;
 use crate::RuntimeError;
+use crate::audit::Audit;
 use crate::engine::{Batch, BatchLogits, Engine, RowChoice};
 use crate::forward::RopeAngles;
 use crate::model::{Model, Weights};
@@ -39,6 +42,8 @@ pub(crate) struct CudaEngine<'m> {
     graph: Option<Graph>,
     /// The same with the draw of the next token.
     drawing: Option<Graph>,
+    /// What audits need, once there was one.
+    audits: Option<Audits>,
     sampler: Option<DeviceSampler>,
     state: ModelState<'m>,
     prompt: Prompt,
@@ -67,6 +72,8 @@ struct ModelState<'m> {
     sin: Buffer,
     /// Limits or thresholds of rows, one buffer for each layer that has its own; none before a pass needed them.
     limits: Option<Vec<Option<Buffer>>>,
+    /// Layers whose rows have other limits or thresholds now than in `limits`.
+    moved: Vec<bool>,
     token: Buffer,
     ids: Buffer,
     /// Counts of layers, then the token drawn.
@@ -121,6 +128,7 @@ impl<'m> CudaEngine<'m> {
         Ok(Self {
             graph: None,
             drawing: None,
+            audits: None,
             sampler: None,
             next: None,
             prompt: Prompt::new(&state, config, options)?,
@@ -146,14 +154,14 @@ impl<'m> CudaEngine<'m> {
 
     /// The token that was placed.
     fn run_placed(&mut self) -> Result<(), RuntimeError> {
+        self.state.bring_limits(&self.rows)?;
         let graph = match &mut self.graph {
             Some(graph) => graph,
             None => {
-                self.state.bring_limits(&self.rows)?;
                 let state = &self.state;
                 // SAFETY: the graph is dropped before the buffers of `state`, by the order of fields, and before the
                 // limits of rows, by `set_rows`.
-                self.graph.insert(unsafe { state.device.capture(|| state.token(&self.rows, None)) }?)
+                self.graph.insert(unsafe { state.device.capture(|| state.token(&self.rows, None, None)) }?)
             }
         };
         Ok(self.state.device.replay(graph)?)
@@ -166,10 +174,10 @@ impl<'m> CudaEngine<'m> {
         position: usize,
         sampler: &DeviceSampler,
     ) -> Result<(), RuntimeError> {
+        self.state.bring_limits(&self.rows)?;
         let graph = match &mut self.drawing {
             Some(graph) => graph,
             None => {
-                self.state.bring_limits(&self.rows)?;
                 let state = &self.state;
                 // SAFETY: as in `step`; the sampler's buffer outlives the graph, by `set_sampler` and the order of fields.
                 let graph = unsafe { state.device.capture(|| state.token_and_draw(&self.rows, sampler)) }?;
@@ -205,8 +213,8 @@ impl<'m> CudaEngine<'m> {
         Chosen::of(report[self.counted.len()][0] as u32)
     }
 
-    /// Adds what a token at `position` has read, once it has run.
-    fn count(&mut self, position: usize, usage: &mut Usage) -> Result<(), RuntimeError> {
+    /// Adds what a token at `position` has read, once it has run, and returns the rows that it counted.
+    fn count(&mut self, position: usize, usage: &mut Usage) -> Result<Vec<MlpCounts>, RuntimeError> {
         let counts = self.take_counts()?;
         usage.n_bytes += self.step_bytes(position, &counts).iter().sum::<u64>();
         for (layer, counts) in usage.layers.iter_mut().zip(&counts) {
@@ -214,7 +222,16 @@ impl<'m> CudaEngine<'m> {
             layer.n_active += counts.n_active as u64;
         }
         usage.n_tokens += 1;
-        Ok(())
+        Ok(counts)
+    }
+
+    /// Drops every graph that names the rows.
+    fn drop_graphs(&mut self) {
+        self.graph = None;
+        self.drawing = None;
+        if let Some(audits) = &mut self.audits {
+            audits.drop_graph();
+        }
     }
 
     /// The logit for which the device refused to draw.
@@ -254,6 +271,7 @@ impl<'m> ModelState<'m> {
             cos: device.upload(&cos)?,
             sin: device.upload(&sin)?,
             limits: None,
+            moved: vec![false; n_layers],
             token: device.alloc(8)?,
             ids: device.alloc(shape.n_positions_max * size_of::<u32>())?,
             report: device.alloc((n_layers + 1) * COUNT_BYTES)?,
@@ -264,17 +282,20 @@ impl<'m> ModelState<'m> {
         })
     }
 
-    /// Brings the limits and thresholds of the rows that have their own to the device, unless they are there.
+    /// Brings the limits and thresholds of the rows that have their own to the device, unless they are there. Those that
+    /// have moved keep their place, which graphs name.
     fn bring_limits(&mut self, rows: &[RowChoice]) -> Result<(), CudaError> {
-        if self.limits.is_none() {
-            let of_layer = |rows: &RowChoice| match rows {
-                RowChoice::RowLimits(limits) => self.device.upload(limits).map(Some),
-                RowChoice::RowThresholds(thresholds) => self.device.upload(thresholds).map(Some),
-                RowChoice::All | RowChoice::Active | RowChoice::Limit(_) | RowChoice::Threshold(_) => {
-                    Ok(None)
+        if let Some(limits) = &self.limits {
+            for (layer, moved) in self.moved.iter_mut().enumerate().filter(|(_, moved)| **moved) {
+                if let (Some(buffer), Some(bytes)) = (&limits[layer], limit_bytes(&rows[layer])) {
+                    self.device.write(buffer.view(), bytes)?;
                 }
-            };
+                *moved = false;
+            }
+        } else {
+            let of_layer = |rows| limit_bytes(rows).map(|bytes| self.device.upload(bytes)).transpose();
             self.limits = Some(rows.iter().map(of_layer).collect::<Result<_, _>>()?);
+            self.moved.fill(false);
         }
         Ok(())
     }
@@ -349,22 +370,40 @@ impl<'m> Engine<'m> for CudaEngine<'m> {
     }
 
     fn set_rows(&mut self, rows: Vec<RowChoice>) {
-        self.graph = None;
-        self.drawing = None;
+        self.drop_graphs();
         self.state.limits = None;
         self.rows = rows;
     }
 
     fn layer_rows_mut(&mut self, layer: usize) -> &mut RowChoice {
-        self.graph = None;
-        self.state.limits = None;
+        // Limits of rows lie in a buffer, to be written again; that of a layer is an argument of kernels.
+        if limit_bytes(&self.rows[layer]).is_some() {
+            self.state.moved[layer] = true;
+        } else {
+            self.drop_graphs();
+        }
         &mut self.rows[layer]
     }
 
     fn decode(&mut self, token: u32, position: usize, usage: &mut Usage) -> Result<(), RuntimeError> {
         self.step(token, position)?;
         self.fetch_logits()?;
-        self.count(position, usage)
+        self.count(position, usage)?;
+        Ok(())
+    }
+
+    fn decode_audited(
+        &mut self,
+        token: u32,
+        position: usize,
+        usage: &mut Usage,
+        audit: &mut Audit,
+        number: usize,
+    ) -> Result<(), RuntimeError> {
+        self.step_audited(token, position, audit, number)?;
+        self.fetch_logits()?;
+        let counts = self.count(position, usage)?;
+        self.record_audit(&counts, usage, audit, number)
     }
 
     fn set_sampler(&mut self, options: &SamplerOptions, excluded: &[u32]) -> Result<(), RuntimeError> {
@@ -498,6 +537,15 @@ fn angles(config: &ModelConfig, n_positions: usize) -> (Vec<f32>, Vec<f32>) {
         rope.fill(position, cos, sin);
     }
     (cos, sin)
+}
+
+/// The limits or thresholds of the rows that have their own.
+fn limit_bytes(rows: &RowChoice) -> Option<&[u8]> {
+    match rows {
+        RowChoice::RowLimits(limits) => Some(bytemuck::cast_slice(limits)),
+        RowChoice::RowThresholds(thresholds) => Some(bytemuck::cast_slice(thresholds)),
+        RowChoice::All | RowChoice::Active | RowChoice::Limit(_) | RowChoice::Threshold(_) => None,
+    }
 }
 
 fn element_bytes<'a>(elements: &Elements<'a>) -> &'a [u8] {

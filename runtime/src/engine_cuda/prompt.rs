@@ -338,7 +338,7 @@ impl Prompt {
                 state.skip_low_rank(norm, quantised, factors, thresholds, inner, skip_of_batch)?;
                 Some(skip_of_batch)
             }
-            DeviceRows::Masked { skip } => Some(skip),
+            DeviceRows::Masked { mask } => Some(mask),
             DeviceRows::All | DeviceRows::Active => None,
         };
         if let Some(observer) = observer {

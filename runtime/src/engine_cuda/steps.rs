@@ -66,7 +66,7 @@ impl CudaEngine<'_> {
                 *sum += n_bytes;
             }
             self.place(token, position)?;
-            self.state.token(&self.rows, Some(device_clocks.view()))?;
+            self.state.token(&self.rows, Some(device_clocks.view()), None)?;
             // The same rows, not to be counted twice.
             self.take_counts()?;
         }
