@@ -149,7 +149,9 @@ struct Bench {
     ids: Buffer,
     attention_scratch: AttentionScratch,
     down_scratch: DownScratch,
+    /// For all predictors but that of low rank, whose kernel is another.
     decode_scratch: DecodeScratch,
+    low_rank_scratch: DecodeScratch,
     layer_counts: Buffer,
     context: usize,
     /// Room for what the predictor alone finds.
@@ -271,7 +273,8 @@ impl Bench {
             ids: device.alloc(4 * attention.n_positions_max)?,
             attention_scratch: device.attention_scratch(&attention)?,
             down_scratch: device.down_scratch(f, d)?,
-            decode_scratch: device
+            decode_scratch: device.decode_scratch(&attention, d, f, 0, 2)?.expect("widths of models fit"),
+            low_rank_scratch: device
                 .decode_scratch(&attention, d, f, shape.rank(), 2)?
                 .expect("widths of models fit"),
             layer_counts: device.alloc(16 * shape.n_layers)?,
@@ -459,7 +462,10 @@ impl Bench {
             greedy: true,
             clocks,
             trace: None,
-            scratch: &self.decode_scratch,
+            scratch: match mode {
+                Mode::Predicted(Predictor::LowRank) => &self.low_rank_scratch,
+                _ => &self.decode_scratch,
+            },
         })
     }
 

@@ -182,7 +182,7 @@ __device__ __forceinline__ float activate(uint32_t activation, float threshold, 
         case FATRELU:
             return v >= threshold ? v : 0.0f;
         default:
-            return v / (1.0f + expf(-v));
+            return v / __fadd_rn(1.0f, expf(-v));
     }
 }
 

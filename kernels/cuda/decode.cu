@@ -25,7 +25,8 @@
 //            columns
 // Bytes      weights, sign words or planes and cached positions that the token needs, each once; parts of the down
 //            projection through L2, 4 gridDim.x d bytes written and read
-// Order      the work of each block, warp and lane is fixed by the shapes, the position and h: repeatable bit for bit
+// Order      the work of each block, warp and lane is fixed by the shapes, the position and h: repeatable bit for bit.
+//            Where a product is added to is fixed, too, so that the kernels of all widths agree
 // Measured   H100 80GB, sm_90a, f16, context 512, 7B shape: dense 4.60 ms a token, 2930 GB/s, 96 % of the read
 //            bandwidth; predicted (21 % of rows kept, 10 % active) 2.31 ms, 2670 GB/s, 87 %; records/
 // Tried      programmatic dependent launch of the five kernels: early blocks of the next kernel pack two to an SM and
@@ -294,7 +295,7 @@ struct Layout {
 enum Load { LOAD_QKV, LOAD_OUT, LOAD_PLANES, LOAD_GATE, LOAD_UP, LOAD_DOWN, LOAD_HEAD };
 
 // The warp that loads: every row of the block, in the order in which the other warps use them.
-template <typename T, bool LOW_RANK>
+template <typename T, bool ANY>
 struct Loader {
     const Layout<T>& m;
     RingWriter ring;
@@ -432,11 +433,11 @@ struct Loader {
                 // Before, blocks that are late would wait behind planes, and the memory has nothing to do after. The lists
                 // of rows are empty from there on.
                 wait_for_mlp(layer);
-                if (LOW_RANK && load == LOAD_PLANES) {
+                if (ANY && load == LOAD_PLANES) {
                     ask_for_factors(w.factors);
                 }
             }
-            const bool has_planes = w.rows == PREDICTED && (!LOW_RANK || w.factors.rank == 0) && a.ringed_signs;
+            const bool has_planes = w.rows == PREDICTED && (!ANY || w.factors.rank == 0) && a.ringed_signs;
             const bool skips = load == LOAD_PLANES ? !has_planes : load == LOAD_UP && w.rows == ALL;
             if (load == LOAD_GATE && w.rows == PREDICTED) {
                 bring_listed(w.w_gate, m.kept(), &m.lists().has_kept, kept_parity);
@@ -460,8 +461,9 @@ struct Loader {
 };
 
 // VEC_LOADS: so many times a thread has four columns of a vector. Columns that a model has not cost 2 % a token, though all
-// branch around them: instructions come from a cache. LOW_RANK: layers may have factors; code for them costs others 1 %.
-template <typename T, int VEC_LOADS, bool LOW_RANK>
+// branch around them: instructions come from a cache. ANY: layers may have factors, and the MLP may be
+// traced; that code costs a token without either 1 %.
+template <typename T, int VEC_LOADS, bool ANY>
 struct Decoder : Layout<T> {
     using Layout<T>::a;
     using Layout<T>::memory;
@@ -672,7 +674,7 @@ struct Decoder : Layout<T> {
         }
 #pragma unroll
         for (int k = 0; k < VEC_LOADS; k++) {
-            square += (v[k].x * v[k].x + v[k].y * v[k].y) + (v[k].z * v[k].z + v[k].w * v[k].w);
+            square += fmaf(v[k].x, v[k].x, v[k].y * v[k].y) + fmaf(v[k].z, v[k].z, v[k].w * v[k].w);
         }
         const float scale = rsqrtf(block_sum<Computing>(square, scratch()) / a.d + a.eps);
 #pragma unroll
@@ -714,8 +716,8 @@ struct Decoder : Layout<T> {
             if (head < a.n_heads + a.n_kv_heads) {
                 const float c = __ldg(a.cos + static_cast<int64_t>(position) * half + dim);
                 const float sn = __ldg(a.sin + static_cast<int64_t>(position) * half + dim);
-                const float rotated = one * c - two * sn;
-                two = two * c + one * sn;
+                const float rotated = fmaf(one, c, -(two * sn));
+                two = fmaf(two, c, one * sn);
                 one = rotated;
             }
             if (head < a.n_heads) {
@@ -867,10 +869,10 @@ struct Decoder : Layout<T> {
                     }
                     const float factor = rescale(maximum, larger);
                     maximum = larger;
-                    total *= factor;
+                    total = __fmul_rn(total, factor);
 #pragma unroll
                     for (int i = 0; i < KV_DIMS; i++) {
-                        sums[i] *= factor;
+                        sums[i] = __fmul_rn(sums[i], factor);
                     }
 #pragma unroll
                     for (int j = 0; j < KV_IN_FLIGHT; j++) {
@@ -897,10 +899,10 @@ struct Decoder : Layout<T> {
                     larger = fmaxf(larger, __shfl_xor_sync(0xffffffffu, larger, offset));
                 }
                 const float factor = rescale(maximum, larger);
-                total *= factor;
+                total = __fmul_rn(total, factor);
 #pragma unroll
                 for (int i = 0; i < KV_DIMS; i++) {
-                    sums[i] *= factor;
+                    sums[i] = __fmul_rn(sums[i], factor);
                 }
                 for (int offset = lanes; offset < WARP; offset *= 2) {
                     total += __shfl_xor_sync(0xffffffffu, total, offset);
@@ -1015,7 +1017,11 @@ struct Decoder : Layout<T> {
                     for (int s = 0; s < MERGE_SPLITS; s++) {
                         const float weight = from + s < splits ? weights[s] : 0.0f;
                         if (base + c < VEC_LOADS && first + (base + c) * LOAD_COLS < a.q_cols) {
-                            v[base + c] = add(v[base + c], scaled(values[c][s], weight));
+                            float4& sum = v[base + c];
+                            sum.x = fmaf(values[c][s].x, weight, sum.x);
+                            sum.y = fmaf(values[c][s].y, weight, sum.y);
+                            sum.z = fmaf(values[c][s].z, weight, sum.z);
+                            sum.w = fmaf(values[c][s].w, weight, sum.w);
                         }
                     }
                 }
@@ -1216,7 +1222,7 @@ struct Decoder : Layout<T> {
 
     // mlp_x of the layer, of which every block has all: block 0 writes it.
     __device__ __forceinline__ void export_input(int layer, const float4 (&v)[VEC_LOADS]) const {
-        if (a.mlp_x != nullptr && blockIdx.x == 0) {
+        if (ANY && a.mlp_x != nullptr && blockIdx.x == 0) {
             const int first = first_column();
             float* to = a.mlp_x + static_cast<int64_t>(layer) * a.d + first;
 #pragma unroll
@@ -1230,7 +1236,7 @@ struct Decoder : Layout<T> {
 
     // mlp_h and mlp_skip of the block's rows, while the lists are whole.
     __device__ __forceinline__ void export_rows(const DecodeLayer& w, int layer) const {
-        if (a.mlp_h != nullptr) {
+        if (ANY && a.mlp_h != nullptr) {
             const auto mine = share(MLP);
             const int64_t at = static_cast<int64_t>(layer) * a.n_rows + mine.begin;
             const bool predicts = w.rows == PREDICTED;
@@ -1271,7 +1277,7 @@ struct Decoder : Layout<T> {
     // kept = the block's rows that the predictor keeps for the vector v; the loading warp brings them. Ends past a barrier
     // of the block.
     __device__ __forceinline__ void list_kept(const DecodeLayer& w, const float4 (&v)[VEC_LOADS]) {
-        if (LOW_RANK && w.factors.rank > 0) {
+        if (ANY && w.factors.rank > 0) {
             predict_low_rank(w, v);
         } else if (w.n_planes > 0) {
             predict_scores(w, v);
@@ -1448,9 +1454,9 @@ struct Decoder : Layout<T> {
     }
 };
 
-template <typename T, int VEC_LOADS, bool LOW_RANK>
+template <typename T, int VEC_LOADS, bool ANY>
 __device__ __forceinline__ void decode(const DecodeArgs& a) {
-    using Computer = Decoder<T, VEC_LOADS, LOW_RANK>;
+    using Computer = Decoder<T, VEC_LOADS, ANY>;
     const Layout<T> layout{a};
     auto& lists = layout.lists();
     init_ring(a.n_slots, DECODE_WARPS);
@@ -1467,7 +1473,7 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
         if (warp_id() > DECODE_WARPS) {
             return;
         }
-        Loader<T, LOW_RANK>{layout, {layout.ring_room(), a.in_flight, a.in_flight_idle}}.token();
+        Loader<T, ANY>{layout, {layout.ring_room(), a.in_flight, a.in_flight_idle}}.token();
         return;
     }
     take_registers();
@@ -1627,11 +1633,11 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
 }
 
 // decode_TYPE_N: vectors of at most 1024 N columns. f32 is not for speed and has one.
-#define DECODE(NAME, T, VEC_LOADS, LOW_RANK)                                                              \
+#define DECODE(NAME, T, VEC_LOADS, ANY)                                                              \
     extern "C" __global__ __launch_bounds__(DECODE_BLOCK, 1) void decode_##NAME(                          \
         const __grid_constant__ DecodeArgs a                                                              \
     ) {                                                                                                   \
-        decode<T, VEC_LOADS, LOW_RANK>(a);                                                                \
+        decode<T, VEC_LOADS, ANY>(a);                                                                \
     }
 DECODE(f32_8, float, 8, false)
 DECODE(f16_1, __half, 1, false)
@@ -1644,7 +1650,7 @@ DECODE(bf16_2, __nv_bfloat16, 2, false)
 DECODE(bf16_4, __nv_bfloat16, 4, false)
 DECODE(bf16_5, __nv_bfloat16, 5, false)
 DECODE(bf16_8, __nv_bfloat16, 8, false)
-// decode_TYPE_low_rank: layers may have predictors of low rank; vectors of any width.
-DECODE(f32_low_rank, float, 8, true)
-DECODE(f16_low_rank, __half, 8, true)
-DECODE(bf16_low_rank, __nv_bfloat16, 8, true)
+// decode_TYPE_any: layers may have factors, the MLP may be traced; vectors of any width.
+DECODE(f32_any, float, 8, true)
+DECODE(f16_any, __half, 8, true)
+DECODE(bf16_any, __nv_bfloat16, 8, true)

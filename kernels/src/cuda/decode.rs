@@ -543,9 +543,9 @@ impl Device {
             mlp_skip,
             layers,
         };
-        let kernel = match plan.rank_max {
-            0 => format!("decode_{}_{}", dtype.suffix(), plan.vec_loads),
-            _ => format!("decode_{}_low_rank", dtype.suffix()),
+        let kernel = match call.trace {
+            None if plan.rank_max == 0 => format!("decode_{}_{}", dtype.suffix(), plan.vec_loads),
+            _ => format!("decode_{}_any", dtype.suffix()),
         };
         // SAFETY: every length was checked above; the scratch was made for these widths.
         unsafe { self.launch_together(&kernel, plan.n_blocks, BLOCK_WARPS * WARP, plan.shared_bytes, &args) }

@@ -1048,6 +1048,8 @@ impl LowRankArgs {
         check("rows of the second factor", n_rows, fc2.n_rows)?;
         check("columns of the second factor", fc1.n_rows, fc2.n_cols)?;
         check("rows of the first factor, at least one", fc1.n_rows.max(1), fc1.n_rows)?;
+        check_aligned(fc1.data.address())?;
+        check_aligned(fc2.data.address())?;
         if let Some(residual) = residual {
             check(
                 "sign bytes",

@@ -5,7 +5,8 @@
 
 use super::gemm::check_grid;
 use super::launch::{
-    LowRankArgs, RowsArgs, activation_args, check_cache, check_floats, check_limits, x_planes_bytes,
+    LowRankArgs, RowsArgs, activation_args, check_aligned, check_cache, check_floats, check_limits,
+    x_planes_bytes,
 };
 use super::{
     CudaError, Device, DeviceLimits, DeviceLowRank, DeviceMatrix, DevicePlanes, DeviceRows, DeviceThresholds,
@@ -663,6 +664,8 @@ impl Device {
             quantised.check(n_tokens, n_cols)?;
         }
         let rows = RowsArgs::new(&DeviceRows::LowRank { factors, thresholds }, n_rows, n_cols)?;
+        check_aligned(call.x.address())?;
+        check_aligned(call.inner.address())?;
         check_grid("tokens of a batch", n_tokens, 1)?;
         if n_tokens == 0 || n_rows == 0 {
             return Ok(());
