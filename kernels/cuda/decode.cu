@@ -227,7 +227,7 @@ struct Layout {
         return MOVES_REGISTERS && sizeof(T) == 2 && n_cols <= HELD_CHUNKS * DECODE_WARPS * CHUNK_COLS;
     }
 
-    // Lengths of the lists of rows, and what the loading warp is told by barriers of one arrival each.
+    // Lengths of the lists of rows, and what the loading warp is told by barriers, one thread for all.
     struct Lists {
         int n_kept;
         int n_active;
@@ -461,8 +461,8 @@ struct Loader {
 };
 
 // VEC_LOADS: so many times a thread has four columns of a vector. Columns that a model has not cost 2 % a token, though all
-// branch around them: instructions come from a cache. ANY: layers may have factors, and the MLP may be
-// traced; that code costs a token without either 1 %.
+// branch around them: instructions come from a cache. ANY: layers may have factors, and the MLP may be traced; code for
+// these costs a token without them 1 %.
 template <typename T, int VEC_LOADS, bool ANY>
 struct Decoder : Layout<T> {
     using Layout<T>::a;
@@ -591,9 +591,12 @@ struct Decoder : Layout<T> {
             do {
                 asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrivals) : "l"(a.sync) : "memory");
             } while (static_cast<int32_t>(arrivals - wanted) < 0);
-            if (may_load) {
+            if (may_load && !ALL_ARRIVE) {
                 arrive_at(&lists().may_load);
             }
+        }
+        if (ALL_ARRIVE && may_load) {
+            arrive_at(&lists().may_load);
         }
         sync();
     }
@@ -1269,7 +1272,7 @@ struct Decoder : Layout<T> {
             }
         }
         sync();
-        if (threadIdx.x == 0) {
+        if (ALL_ARRIVE || threadIdx.x == 0) {
             arrive_at(&lists().has_active);
         }
     }
@@ -1286,7 +1289,7 @@ struct Decoder : Layout<T> {
             predict_signs(w);
         }
         sync();
-        if (threadIdx.x == 0) {
+        if (ALL_ARRIVE || threadIdx.x == 0) {
             arrive_at(&lists().has_kept);
         }
         mark(PREDICT);
@@ -1461,10 +1464,10 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
     auto& lists = layout.lists();
     init_ring(a.n_slots, DECODE_WARPS);
     if (threadIdx.x == 0) {
-        init_barrier(&lists.has_kept, 1);
-        init_barrier(&lists.has_active, 1);
+        init_barrier(&lists.has_kept, arrivals(DECODE_THREADS));
+        init_barrier(&lists.has_active, arrivals(DECODE_THREADS));
         init_barrier(&lists.has_phase, 1);
-        init_barrier(&lists.may_load, 1);
+        init_barrier(&lists.may_load, arrivals(DECODE_THREADS));
     }
     layout.make_shares();
     __syncthreads();
@@ -1633,11 +1636,11 @@ __device__ __forceinline__ void decode(const DecodeArgs& a) {
 }
 
 // decode_TYPE_N: vectors of at most 1024 N columns. f32 is not for speed and has one.
-#define DECODE(NAME, T, VEC_LOADS, ANY)                                                              \
-    extern "C" __global__ __launch_bounds__(DECODE_BLOCK, 1) void decode_##NAME(                          \
-        const __grid_constant__ DecodeArgs a                                                              \
-    ) {                                                                                                   \
-        decode<T, VEC_LOADS, ANY>(a);                                                                \
+#define DECODE(NAME, T, VEC_LOADS, ANY)                                          \
+    extern "C" __global__ __launch_bounds__(DECODE_BLOCK, 1) void decode_##NAME( \
+        const __grid_constant__ DecodeArgs a                                     \
+    ) {                                                                          \
+        decode<T, VEC_LOADS, ANY>(a);                                            \
     }
 DECODE(f32_8, float, 8, false)
 DECODE(f16_1, __half, 1, false)

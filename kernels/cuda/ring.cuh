@@ -34,11 +34,11 @@ __device__ __forceinline__ void init_ring(int n_slots, int n_readers) {
 #if __CUDA_ARCH__ >= 900
     constexpr int N_FILLERS = 1;
 #else
-    constexpr int N_FILLERS = WARP;
+    constexpr int N_FILLERS = ALL_ARRIVE ? 2 * WARP : WARP;
 #endif
     for (int slot = threadIdx.x; slot < n_slots; slot += blockDim.x) {
         init_barrier(full_slots() + slot, N_FILLERS);
-        init_barrier(empty_slots() + slot, n_readers);
+        init_barrier(empty_slots() + slot, n_readers * arrivals(WARP));
     }
 #if __CUDA_ARCH__ >= 900
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -109,6 +109,10 @@ struct RingWriter {
                 copy_async(to + offset, static_cast<const char*>(next.from) + offset, true);
             }
             arrive_after_copies(full_slots() + slot);
+            if constexpr (ALL_ARRIVE) {
+                // The copies are not the threads'.
+                arrive_at(full_slots() + slot);
+            }
             move(1);
         }
 #endif
@@ -154,12 +158,20 @@ struct RingReader {
         return row(after);
     }
 
+    // at may be past the ring's end.
+    __device__ __forceinline__ void tell_empty(int at) const {
+        arrive_at(empty_slots() + (at < room.n_slots ? at : at - room.n_slots));
+    }
+
     // The warp has read the next n rows, at most a warp's lanes.
     __device__ __forceinline__ void pass(int n) {
         __syncwarp();
-        const int at = slot + lane_id();
-        if (lane_id() < n) {
-            arrive_at(empty_slots() + (at < room.n_slots ? at : at - room.n_slots));
+        if constexpr (ALL_ARRIVE) {
+            for (int i = 0; i < n; i++) {
+                tell_empty(slot + i);
+            }
+        } else if (lane_id() < n) {
+            tell_empty(slot + lane_id());
         }
         slot += n;
         if (slot >= room.n_slots) {
