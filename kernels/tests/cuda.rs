@@ -1392,19 +1392,21 @@ impl Exact {
         found
     }
 
-    /// Rows of layer `live` that the whole token kept, and how many each layer up to it did.
-    fn in_one(&self, device: &Device, live: usize, trace: &Trace) -> (Vec<bool>, Vec<u64>) {
+    /// Rows of layer `live` that the whole token kept, and how many each layer up to it did: without a trace by the kernel
+    /// for this width, which takes the layers before the first that has factors, else by the one for all.
+    fn in_one(&self, device: &Device, live: usize, trace: Option<&Trace>) -> (Vec<bool>, Vec<u64>) {
         let (d, f, shape) = (self.d, self.f, Self::shape());
-        let ranks =
-            self.layers.iter().filter_map(|layer| layer.factors.as_ref()).map(|factors| factors.fc1.n_rows);
-        let rank_max = ranks.max().unwrap();
+        let n_plain = self.layers.iter().take_while(|layer| layer.factors.is_none()).count();
+        let n_layers = if trace.is_some() { self.layers.len() } else { n_plain };
+        let factors = self.layers[..n_layers].iter().filter_map(|layer| layer.factors.as_ref());
+        let rank_max = factors.map(|factors| factors.fc1.n_rows).max().unwrap_or(0);
         let scratch = device.decode_scratch(&shape, d, f, rank_max, self.ones.dtype.n_bytes()).unwrap();
         let scratch = scratch.expect("these widths fit");
         let n_cached = shape.n_positions_max * 64 * self.ones.dtype.cache().n_bytes();
         let (angles, w_kv) = (upload(device, &[1.0; 64]), &self.zeros[0].buffer);
         let w_kv = w_kv.view().slice(0, 64 * d * self.ones.dtype.n_bytes());
         let w_kv = DeviceMatrix::new(w_kv, self.ones.dtype, 64, d).unwrap();
-        let layers: Vec<_> = (0..self.layers.len())
+        let layers: Vec<_> = (0..n_layers)
             .map(|layer| DecodeLayer {
                 w_q: self.zeros[0].matrix(),
                 w_k: w_kv,
@@ -1438,7 +1440,7 @@ impl Exact {
             counts: counts.view(),
             greedy: false,
             clocks: None,
-            trace: Some(trace.scratch.trace()),
+            trace: trace.map(|trace| trace.scratch.trace()),
             scratch: &scratch,
         };
         device.decode(&call).unwrap();
@@ -1586,13 +1588,16 @@ fn a_token_keeps_the_rows_of_the_reference() {
                 "type {kind}, {f} rows of {d} columns, layer {layer} in {n_planes} planes, rank {rank}"
             );
             let trace = Trace::new(&device, model.layers.len(), d, f);
-            let (rows, counts) = model.in_one(&device, layer, &trace);
-            found.extend(differences(
-                &format!("{case}, one kernel: kept rows counted"),
-                &counts,
-                &n_kept[..=layer],
-            ));
-            found.extend(differences(&format!("{case}, one kernel: kept"), &rows, keep));
+            let plain = factors.is_none().then_some(("one kernel", None));
+            for (way, trace) in plain.into_iter().chain([("one kernel with a trace", Some(&trace))]) {
+                let (rows, counts) = model.in_one(&device, layer, trace);
+                found.extend(differences(
+                    &format!("{case}, {way}: kept rows counted"),
+                    &counts,
+                    &n_kept[..=layer],
+                ));
+                found.extend(differences(&format!("{case}, {way}: kept"), &rows, keep));
+            }
             for traced in 0..=layer {
                 found.extend(model.traced(&device, &trace, traced, &format!("{case}, one kernel, {traced}")));
             }

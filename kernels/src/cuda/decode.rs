@@ -543,9 +543,11 @@ impl Device {
             mlp_skip,
             layers,
         };
-        let kernel = match call.trace {
-            None if plan.rank_max == 0 => format!("decode_{}_{}", dtype.suffix(), plan.vec_loads),
-            _ => format!("decode_{}_any", dtype.suffix()),
+        let has_factors = call.layers.iter().any(|w| matches!(w.rows, DeviceRows::LowRank { .. }));
+        let kernel = if has_factors || call.trace.is_some() {
+            format!("decode_{}_any", dtype.suffix())
+        } else {
+            format!("decode_{}_{}", dtype.suffix(), plan.vec_loads)
         };
         // SAFETY: every length was checked above; the scratch was made for these widths.
         unsafe { self.launch_together(&kernel, plan.n_blocks, BLOCK_WARPS * WARP, plan.shared_bytes, &args) }
