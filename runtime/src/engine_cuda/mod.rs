@@ -93,7 +93,15 @@ impl<'m> CudaEngine<'m> {
         if !kernels::cuda::is_built_in() {
             return None;
         }
-        let devices = kernels::cuda::list_devices().ok()?;
+        let devices = match kernels::cuda::list_devices() {
+            Ok(devices) => devices,
+            // A machine without a GPU is nothing to tell of.
+            Err(CudaError::NoDriver | CudaError::NoDevice) => return None,
+            Err(error) => {
+                passed_over.push(format!("cuda: {error}"));
+                return None;
+            }
+        };
         devices.iter().find_map(|device| {
             Self::new(model, device.ordinal, options, progress)
                 .map_err(|error| passed_over.push(format!("cuda:{}: {error}", device.ordinal)))
