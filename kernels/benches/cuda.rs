@@ -189,7 +189,7 @@ impl Random {
 }
 
 impl Shape {
-    /// Of the factors that stand in for a predictor of low rank: 256 at 7B, what an f16 gate has 1/16 of the columns of.
+    /// Of the factors that stand in for a predictor of low rank: 256 at 7B.
     fn rank(&self) -> usize {
         self.d / 16
     }

@@ -45,8 +45,8 @@ struct GateUpArgs {
     float threshold;
     float eps;
     int32_t n_rows_max;  // most rows of a block: sizes the shared arrays
-    float* normed;       // n
-    uint8_t* skip;       // 1 where the predictor left a row out
+    float* normed;       // n; null for none
+    uint8_t* skip;       // 1 where the predictor left a row out; null for none
 };
 
 // Sign disagreements of one row with the signs of the input, on every lane.

@@ -1278,7 +1278,7 @@ impl Exact {
         x[d - 1] = 127.0;
         let (norm, mut input) = (vec![1.0; d], vec![0.0; d]);
         reference::rmsnorm(&x, &norm, EPS, &mut input);
-        // Planes, or a rank with or without a residual; past so many warps of a grid, and one that divides into no piece.
+        // Planes, or a rank with or without a residual: of fewer rows than blocks, odd, and of several for each block.
         let predictors = [
             (3, 0),
             (0, 0),

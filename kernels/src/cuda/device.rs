@@ -199,9 +199,7 @@ impl Device {
     /// # Errors
     /// [`CudaError::Driver`]; what a kernel did wrong comes out here.
     pub fn synchronize(&self) -> Result<(), CudaError> {
-        self.context.make_current()?;
-        // SAFETY: the stream lives as long as the context.
-        unsafe { result::stream::synchronize(self.context.stream) }.during("wait for the device")
+        self.context.synchronize()
     }
 
     /// Records what `launches` launches instead of running it.
@@ -433,6 +431,13 @@ impl Context {
     pub(super) fn make_current(&self) -> Result<(), CudaError> {
         // SAFETY: the context is retained until `Drop`.
         unsafe { result::ctx::set_current(self.context) }.during("use the device")
+    }
+
+    /// Waits for everything launched so far.
+    pub(super) fn synchronize(&self) -> Result<(), CudaError> {
+        self.make_current()?;
+        // SAFETY: the stream lives as long as the context.
+        unsafe { result::stream::synchronize(self.stream) }.during("wait for the device")
     }
 
     /// Every kernel of the module by name, all with the same split of an SM's memory into shared memory and cache: a

@@ -233,8 +233,11 @@ impl HostBuffer {
 }
 
 impl Drop for HostBuffer {
+    /// Waits for copies that may be under way.
     fn drop(&mut self) {
         if self.context.make_current().is_ok() {
+            // A driver that refuses has lost the device with its copies.
+            let _ = self.context.synchronize();
             // SAFETY: allocated by `alloc_host`, freed once.
             let _ = unsafe { result::free_host(self.address) };
         }

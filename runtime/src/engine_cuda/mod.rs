@@ -489,8 +489,8 @@ fn check_memory(
     shape: &AttentionShape,
     n_batch_max: usize,
 ) -> Result<(), CudaError> {
-    let config = model.config();
-    let cache = Dtype::of(&model.weights().embedding.data).cache().n_bytes();
+    let (config, weights) = (model.config(), model.weights());
+    let cache = Dtype::of(&weights.embedding.data).cache().n_bytes();
     let cached = 2
         * config.num_hidden_layers as usize
         * shape.n_kv_heads
@@ -499,8 +499,8 @@ fn check_memory(
         * cache;
     let is_copied = !device.info().integrated && placement() != Some(Placement::InPlace);
     let image = if is_copied { model.bytes().len() } else { 0 };
-    let rank_max = model.weights().rank_max();
-    let batches = prompt::Sizes::new(config, shape, rank_max, n_batch_max).n_bytes() + Gemm::WORKSPACE_BYTES;
+    let sizes = prompt::Sizes::new(config, shape, weights.rank_max(), n_batch_max);
+    let batches = sizes.n_bytes() + Gemm::WORKSPACE_BYTES;
     check_room(image + cached + batches, device.memory_bytes()?)
 }
 
