@@ -7,7 +7,7 @@ use kernels::{BitPlanes, Cpu};
 use runtime::{MlpBatch, MlpObserver, Model, Session};
 
 use super::histogram::{Activity, bin_of_score};
-use super::low_rank::{Factors, LowRankSource, rank_of};
+use super::low_rank::{Factors, LowRankSource, rank_of, third_of};
 use super::offsets::RowLines;
 use super::planes::{Inputs, LowPlanes};
 use super::{Histogram, Kind, LimitEffect, MlpBytes, Reference};
@@ -75,7 +75,7 @@ impl<'m> Fit<'m> {
                     let whole = rank_of(w_gate.n_rows, w_gate.n_cols);
                     for &kind in &of_low_rank {
                         let has_residual = kind == Kind::LowRankSign;
-                        let default = if has_residual { whole.div_ceil(3) } else { whole };
+                        let default = if has_residual { third_of(whole) } else { whole };
                         let rank = rank.unwrap_or(default);
                         let mut factors = Factors::fitted(&observer.cpu, &w_gate, &gates, rank);
                         if has_residual {

@@ -67,6 +67,12 @@ pub(crate) fn rank_of(n_rows: usize, n_cols: usize) -> usize {
     (rank.round() as usize).max(1)
 }
 
+/// A third of a rank, beside the signs of what is left. A wide one in whole 16 bytes of f16, as kernels read them.
+pub(crate) fn third_of(rank: usize) -> usize {
+    let third = rank.div_ceil(3);
+    if third < 32 { third } else { third.next_multiple_of(8) }
+}
+
 impl Factors {
     /// From `gates (n_tokens, f)` of `w_gate`; of a lower rank where there are fewer tokens, rows or columns.
     pub(crate) fn fitted(cpu: &Cpu, w_gate: &Matrix<'_>, gates: &[f32], rank: usize) -> Self {
@@ -214,6 +220,7 @@ mod tests {
         assert_eq!(rank_of(11008, 4096), 256);
         assert_eq!(rank_of(1376, 512), 32);
         assert_eq!(rank_of(1, 1), 1);
+        assert_eq!([256, 32, 1].map(third_of), [88, 11, 1]);
     }
 
     /// Weights whose rank is the factors' own give the gates themselves, also for inputs with a mean.
