@@ -1,8 +1,8 @@
 //! Times of the CUDA kernels, each alone and a whole token as one graph, at the shapes of models:
 //!
 //! ```sh
-//! cargo bench -p kernels --bench cuda -- 7b [--context 512] [--keep 0.2] [--predictor sign|sign-x8|w2|w3|low-rank]...
-//!     [--ahead N]... [--overlap] [--verbose]
+//! cargo bench -p kernels --bench cuda -- 7b [--context 512] [--keep 0.2]
+//!     [--predictor sign|sign-x8|w2|w3|low-rank|low-rank-sign]... [--ahead N]... [--overlap] [--verbose]
 //! ```
 //!
 //! Weights are random and each layer has its own, so that they come from memory, as in a text. Limits, or thresholds on
@@ -16,9 +16,10 @@ use std::time::Instant;
 use half::f16;
 use kernels::cuda::{
     AttentionCall, AttentionScratch, Buffer, CudaError, DECODE_STEPS, DecodeCall, DecodeLayer, DecodeScratch,
-    Device, DeviceLimits, DeviceLowRank, DeviceMatrix, DevicePlanes, DeviceRows, DeviceThresholds, DownCall,
-    DownScratch, Dtype, GateUpCall, MatvecCall, PredictScoresCall, PrefillNormCall, PrefillSkipLowRankCall,
-    QkvCall, SampleCall, StepTime, View, step_times,
+    Device, DeviceLimits, DeviceLowRank, DeviceMatrix, DevicePlanes, DeviceResidual, DeviceRows,
+    DeviceThresholds, DownCall, DownScratch, Dtype, GateUpCall, LowRankCall, LowRankScratch, MatvecCall,
+    PredictScoresCall, PrefillNormCall, PrefillQuantiseCall, QkvCall, Quantised, SampleCall, StepTime, View,
+    quantised_bytes, step_times,
 };
 use kernels::sample::Draw;
 use kernels::{Activation, AttentionShape, PLANES_MAX};
@@ -90,7 +91,8 @@ enum Mode {
     Predicted(Predictor),
 }
 
-/// What predicts rows: bits of W_gate for each weight, with the signs of x or x in 8 bits, or factors.
+/// What predicts rows: bits of W_gate for each weight, with the signs of x or x in 8 bits, or factors, with the signs of a
+/// residual as well.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Predictor {
     Sign,
@@ -98,21 +100,27 @@ enum Predictor {
     W2,
     W3,
     LowRank,
+    LowRankSign,
 }
 
 impl Predictor {
-    const ALL: [(&'static str, Self); 5] = [
+    const ALL: [(&'static str, Self); 6] = [
         ("sign", Self::Sign),
         ("sign-x8", Self::SignX8),
         ("w2", Self::W2),
         ("w3", Self::W3),
         ("low-rank", Self::LowRank),
+        ("low-rank-sign", Self::LowRankSign),
     ];
+
+    fn has_factors(self) -> bool {
+        matches!(self, Self::LowRank | Self::LowRankSign)
+    }
 
     fn n_planes(self) -> usize {
         match self {
             Self::LowRank => 0,
-            Self::Sign | Self::SignX8 => 1,
+            Self::Sign | Self::SignX8 | Self::LowRankSign => 1,
             Self::W2 => 2,
             Self::W3 => 3,
         }
@@ -149,7 +157,7 @@ struct Bench {
     ids: Buffer,
     attention_scratch: AttentionScratch,
     down_scratch: DownScratch,
-    /// For all predictors but that of low rank, whose kernel is another.
+    /// For all predictors but those with factors, whose kernel is another.
     decode_scratch: DecodeScratch,
     low_rank_scratch: DecodeScratch,
     layer_counts: Buffer,
@@ -158,7 +166,11 @@ struct Bench {
     scores: Buffer,
     skip: Buffer,
     normed: Buffer,
-    inner: Buffer,
+    x_planes: Buffer,
+    x_scale: Buffer,
+    /// Of the residual that factors leave.
+    scales: Buffer,
+    predict_scratch: LowRankScratch,
     keep: f64,
     threshold: f32,
 }
@@ -189,12 +201,17 @@ impl Random {
 }
 
 impl Shape {
-    /// Of the factors that stand in for a predictor of low rank: 256 at 7B.
-    fn rank(&self) -> usize {
-        self.d / 16
+    /// Of the factors that stand in for a predictor of low rank: 256 at 7B; beside signs, 88.
+    fn rank(&self, predictor: Predictor) -> usize {
+        let whole = self.d / 16;
+        if predictor == Predictor::LowRankSign { whole.div_ceil(3).next_multiple_of(8) } else { whole }
     }
 
-    /// Elements before each matrix of a layer: q, k, v, o, gate, up, down, and the end, where the sign words begin.
+    fn factor_elements(&self, predictor: Predictor) -> usize {
+        self.rank(predictor) * (self.d + self.f)
+    }
+
+    /// Elements before each matrix of a layer: q, k, v, o, gate, up, down, and the end, where factors begin and then planes.
     fn offsets(&self) -> [usize; 8] {
         let (q, kv) = (self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim);
         let sizes = [
@@ -222,6 +239,8 @@ impl Bench {
         let weights = random.halves(offsets[7], 1.0 / d as f32);
         let n_words = d.div_ceil(32);
         let mut bytes: Vec<u8> = bytemuck::cast_slice(&weights).to_vec();
+        let factors = Random(random.0 ^ 1).halves(shape.factor_elements(Predictor::LowRank), 1.0 / d as f32);
+        bytes.extend_from_slice(bytemuck::cast_slice(&factors));
         // Uniform weights: signs, then above half of the largest, then the odd quarters; a bit of a negative is turned.
         let largest = (3.0 / d as f32).sqrt();
         let magnitude_bits: [fn(f32) -> bool; PLANES_MAX] =
@@ -236,9 +255,7 @@ impl Bench {
                 }
             }
         }
-        assert_eq!(bytes.len(), offsets[7] * 2 + PLANES_MAX * f * n_words * 4);
-        let factors = Random(random.0 ^ 1).halves(shape.rank() * (d + f), 1.0 / d as f32);
-        bytes.extend_from_slice(bytemuck::cast_slice(&factors));
+        assert_eq!(bytes.len(), (offsets[7] + factors.len()) * 2 + PLANES_MAX * f * n_words * 4);
         let attention = AttentionShape {
             n_heads: shape.n_heads,
             n_kv_heads: shape.n_kv_heads,
@@ -275,13 +292,16 @@ impl Bench {
             down_scratch: device.down_scratch(f, d)?,
             decode_scratch: device.decode_scratch(&attention, d, f, 0, 2)?.expect("widths of models fit"),
             low_rank_scratch: device
-                .decode_scratch(&attention, d, f, shape.rank(), 2)?
+                .decode_scratch(&attention, d, f, shape.rank(Predictor::LowRank), 2)?
                 .expect("widths of models fit"),
             layer_counts: device.alloc(16 * shape.n_layers)?,
             scores: floats(f + 1)?,
             skip: device.alloc(f)?,
             normed: floats(d)?,
-            inner: floats(shape.rank())?,
+            x_planes: device.alloc(quantised_bytes(1, d))?,
+            x_scale: floats(1)?,
+            scales: device.upload(&vec![(shape.rank(Predictor::LowRankSign) as f32).sqrt() / d as f32; f])?,
+            predict_scratch: device.low_rank_scratch(shape.rank(Predictor::LowRank))?,
             keep,
             threshold: 0.0,
             device,
@@ -329,24 +349,26 @@ impl Bench {
         self.shape.f * self.shape.d.div_ceil(32) * 4
     }
 
-    /// What `predictor` reads: planes of W_gate, one after the other, or both factors.
+    /// What `predictor` reads: both factors, planes of W_gate, or both factors and a plane.
     fn predictor_bits(&self, layer: usize, predictor: Predictor) -> View<'_> {
         let (weights, offset) = (self.layers[layer].weights.view(), self.shape.offsets()[7] * 2);
-        if predictor == Predictor::LowRank {
-            let Shape { d, f, .. } = self.shape;
-            return weights.slice(offset + PLANES_MAX * self.plane_bytes(), self.shape.rank() * (d + f) * 2);
-        }
-        weights.slice(offset, predictor.n_planes() * self.plane_bytes())
+        let planes_offset = offset + self.shape.factor_elements(Predictor::LowRank) * 2;
+        let plane_bytes = predictor.n_planes() * self.plane_bytes();
+        let factor_bytes =
+            if predictor.has_factors() { self.shape.factor_elements(predictor) * 2 } else { 0 };
+        weights.slice(planes_offset - factor_bytes, factor_bytes + plane_bytes)
     }
 
-    fn factors(&self, layer: usize) -> Result<DeviceLowRank<'_>, CudaError> {
+    fn factors(&self, layer: usize, predictor: Predictor) -> Result<DeviceLowRank<'_>, CudaError> {
         let Shape { d, f, .. } = self.shape;
-        let (both, rank) = (self.predictor_bits(layer, Predictor::LowRank), self.shape.rank());
+        let (bits, rank) = (self.predictor_bits(layer, predictor), self.shape.rank(predictor));
+        let signs = bits.slice((d + f) * rank * 2, predictor.n_planes() * self.plane_bytes());
         Ok(DeviceLowRank {
-            fc1: DeviceMatrix::new(both.slice(0, rank * d * 2), Dtype::F16, rank, d)?,
-            fc2: DeviceMatrix::new(both.slice(rank * d * 2, f * rank * 2), Dtype::F16, f, rank)?,
+            fc1: DeviceMatrix::new(bits.slice(0, rank * d * 2), Dtype::F16, rank, d)?,
+            fc2: DeviceMatrix::new(bits.slice(rank * d * 2, f * rank * 2), Dtype::F16, f, rank)?,
             relu: false,
-            residual: None,
+            residual: (predictor == Predictor::LowRankSign)
+                .then(|| DeviceResidual { signs, scales: self.scales.view() }),
         })
     }
 
@@ -368,7 +390,9 @@ impl Bench {
     /// The same for scores, of a normalised input with elements as `predictor` has them.
     fn thresholds(&self, predictor: Predictor) -> DeviceThresholds<'static> {
         let deviation = match predictor {
-            Predictor::LowRank => (self.shape.rank() as f64 / self.shape.d as f64).sqrt(),
+            Predictor::LowRank => (self.shape.rank(predictor) as f64 / self.shape.d as f64).sqrt(),
+            // The residual adds as much.
+            Predictor::LowRankSign => (2.0 * self.shape.rank(predictor) as f64 / self.shape.d as f64).sqrt(),
             _ => (self.shape.d as f64 * predictor.variance()).sqrt(),
         };
         DeviceThresholds::Layer((deviation * normal_quantile(1.0 - self.keep)) as f32)
@@ -376,8 +400,8 @@ impl Bench {
 
     /// The predictor alone, on whatever the residual stream holds.
     fn predict(&self, layer: usize, predictor: Predictor) -> Result<(), CudaError> {
-        if predictor == Predictor::LowRank {
-            return self.predict_low_rank(layer, self.x.view());
+        if predictor.has_factors() {
+            return self.predict_low_rank(layer, predictor, self.x.view());
         }
         let planes = self.planes(layer, predictor);
         if predictor == Predictor::Sign {
@@ -394,16 +418,21 @@ impl Bench {
         })
     }
 
-    fn predict_low_rank(&self, layer: usize, x: View<'_>) -> Result<(), CudaError> {
-        self.device.prefill_skip_low_rank(&PrefillSkipLowRankCall {
+    fn quantised(&self) -> Quantised<'_> {
+        Quantised { planes: self.x_planes.view(), scales: self.x_scale.view() }
+    }
+
+    fn predict_low_rank(&self, layer: usize, predictor: Predictor, x: View<'_>) -> Result<(), CudaError> {
+        let factors = self.factors(layer, predictor)?;
+        let call = LowRankCall {
             n_tokens: 1,
             x,
-            quantised: None,
-            factors: self.factors(layer)?,
-            thresholds: self.thresholds(Predictor::LowRank),
-            inner: self.inner.view(),
+            quantised: factors.residual.map(|_| self.quantised()),
+            factors,
+            thresholds: self.thresholds(predictor),
             skip: self.skip.view(),
-        })
+        };
+        self.device.predict_low_rank(&call, &self.predict_scratch)
     }
 
     fn rows_of(&self, layer: usize, mode: Mode) -> Result<DeviceRows<'_>, CudaError> {
@@ -414,9 +443,10 @@ impl Bench {
                 signs: self.planes(layer, Predictor::Sign).signs,
                 limits: self.limits(),
             },
-            Mode::Predicted(predictor @ Predictor::LowRank) => {
-                DeviceRows::LowRank { factors: self.factors(layer)?, thresholds: self.thresholds(predictor) }
-            }
+            Mode::Predicted(predictor) if predictor.has_factors() => DeviceRows::LowRank {
+                factors: self.factors(layer, predictor)?,
+                thresholds: self.thresholds(predictor),
+            },
             Mode::Predicted(predictor) => DeviceRows::Scored {
                 planes: self.planes(layer, predictor),
                 thresholds: self.thresholds(predictor),
@@ -463,7 +493,7 @@ impl Bench {
             clocks,
             trace: None,
             scratch: match mode {
-                Mode::Predicted(Predictor::LowRank) => &self.low_rank_scratch,
+                Mode::Predicted(predictor) if predictor.has_factors() => &self.low_rank_scratch,
                 _ => &self.decode_scratch,
             },
         })
@@ -514,17 +544,24 @@ impl Bench {
 
     fn gate_up(&self, layer: usize, mode: Mode) -> Result<(), CudaError> {
         let mut rows = self.rows_of(layer, mode)?;
-        if mode == Mode::Predicted(Predictor::LowRank) {
+        if let Mode::Predicted(predictor) = mode
+            && predictor.has_factors()
+        {
+            let (x, weight, n_tokens) = (self.x.view(), self.norm.view(), 1);
             self.device.prefill_norm(&PrefillNormCall {
-                x: self.x.view(),
-                weight: self.norm.view(),
+                x,
+                weight,
                 eps: EPS,
-                n_tokens: 1,
+                n_tokens,
                 dtype: Dtype::F32,
                 out: self.normed.view(),
                 signs: None,
             })?;
-            self.predict_low_rank(layer, self.normed.view())?;
+            if predictor == Predictor::LowRankSign {
+                let out = self.quantised();
+                self.device.prefill_quantise(&PrefillQuantiseCall { x, weight, eps: EPS, n_tokens, out })?;
+            }
+            self.predict_low_rank(layer, predictor, self.normed.view())?;
             rows = DeviceRows::Masked { mask: self.skip.view() };
         }
         self.device.gate_up(&GateUpCall {
@@ -777,7 +814,7 @@ fn main() -> Result<(), CudaError> {
     let named = args.windows(2).filter(|pair| pair[0] == "--predictor").map(|pair| {
         let known = Predictor::ALL.into_iter().find(|(name, _)| *name == pair[1]);
         known
-            .unwrap_or_else(|| panic!("--predictor takes sign, sign-x8, w2, w3 or low-rank, not {}", pair[1]))
+            .unwrap_or_else(|| panic!("--predictor takes a name in the head of this file, not {}", pair[1]))
             .1
     });
     let mut predictors: Vec<Predictor> = named.collect();

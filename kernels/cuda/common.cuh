@@ -20,13 +20,21 @@ __device__ __forceinline__ int lane_id() { return threadIdx.x % WARP; }
 __device__ __forceinline__ int warp_id() { return threadIdx.x / WARP; }
 
 // Overlap with the kernels before and after in the stream (programmatic dependent launch, sm_90 and later). What
-// comes before wait_for_previous() touches weights alone; every vector that another kernel wrote is read after it.
-// The next kernel is let in right after the wait: it then waits in turn, having asked for its first weights.
-__device__ __forceinline__ void wait_for_previous() {
+// comes before wait_for_writes() touches weights alone; every vector that another kernel wrote is read after it.
+// Mostly the next kernel is let in right after the wait: it then waits in turn, having asked for its first weights.
+__device__ __forceinline__ void wait_for_writes() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+__device__ __forceinline__ void wait_for_previous() {
+    wait_for_writes();
+    let_next_start();
 }
 
 // Asks for bytes ahead of their use. address and n_bytes are multiples of 16. One lane is enough.

@@ -1177,8 +1177,15 @@ struct Decoder : Layout<T> {
                 }
             }
             sync();
+            float* sums = tile() + a.d;
+#pragma unroll 1
+            for (int segment = warp_id(); segment < n_segments(a.d); segment += DECODE_WARPS) {
+                sums[segment * DOT_CHAINS + lane_id()] =
+                    segment_sum(segment, a.d, [&](int, int col) { return tile()[col]; });
+            }
+            sync();
             if (warp_id() == 0) {
-                const float dot = ordered_sum(tile(), a.d);
+                const float dot = add_segments(sums, n_segments(a.d));
                 if (lane_id() == 0) {
                     __stcg(a.inner + k, inner_of(dot, factors.relu));
                 }

@@ -6,6 +6,7 @@
 #include "down.cu"
 #include "gate_up.cu"
 #include "matvec.cu"
+#include "predict_low_rank.cu"
 #include "prefill_attention.cu"
 #include "prefill_gemm.cu"
 #include "prefill_gemm_hopper.cu"

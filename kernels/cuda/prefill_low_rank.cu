@@ -7,7 +7,8 @@
 // Computes   inner[t, k] as in low_rank.cuh
 // Reference  reference::ordered_dot; equal bit for bit
 // Shapes     x (n_tokens, n_cols), inner (n_tokens, rank) f32; fc1 (rank, n_cols) f16
-// Grid       (rank, n_tokens); 128 threads, shared memory for n_cols floats
+// Grid       (rank, n_tokens); 128 threads, shared memory for the sums of the segments
+// Warp       segments in turn
 // Bytes      rank * n_cols * 2, for later tokens from L2; n_tokens * n_cols * 4
 struct PrefillInnerArgs {
     const float* x;
@@ -19,8 +20,7 @@ struct PrefillInnerArgs {
 };
 
 extern "C" __global__ __launch_bounds__(128) void prefill_inner(const __grid_constant__ PrefillInnerArgs a) {
-    extern __shared__ float4 shared_terms[];
-    float* terms = reinterpret_cast<float*>(shared_terms);
+    extern __shared__ float segment_sums[];
     const int64_t token = blockIdx.y;
     const __half* row = a.fc1 + static_cast<int64_t>(blockIdx.x) * a.n_cols;
     const float* x = a.x + token * a.n_cols;
@@ -28,20 +28,14 @@ extern "C" __global__ __launch_bounds__(128) void prefill_inner(const __grid_con
         prefetch_l2(row, a.n_cols * sizeof(__half));
     }
     wait_for_previous();
-    if (a.n_cols % 4 == 0) {
-#pragma unroll 8
-        for (int col = 4 * threadIdx.x; col < a.n_cols; col += 4 * blockDim.x) {
-            const float4 v = __ldcg(reinterpret_cast<const float4*>(x + col));
-            *reinterpret_cast<float4*>(terms + col) = products(four_of(row + col), v);
-        }
-    } else {
-        for (int col = threadIdx.x; col < a.n_cols; col += blockDim.x) {
-            terms[col] = __fmul_rn(__half2float(row[col]), x[col]);
-        }
+    for (int segment = warp_id(); segment < n_segments(a.n_cols); segment += blockDim.x / WARP) {
+        segment_sums[segment * DOT_CHAINS + lane_id()] = segment_sum(segment, a.n_cols, [&](int, int col) {
+            return __fmul_rn(__half2float(__ldg(row + col)), __ldcg(x + col));
+        });
     }
     __syncthreads();
     if (warp_id() == 0) {
-        const float dot = ordered_sum(terms, a.n_cols);
+        const float dot = add_segments(segment_sums, n_segments(a.n_cols));
         if (lane_id() == 0) {
             a.inner[token * a.rank + blockIdx.x] = inner_of(dot, a.relu);
         }

@@ -4,7 +4,8 @@
 
 use crate::{
     Activation, AttentionShape, BitPlanes, Elements, Limits, LowRank, Matrix, MlpAudit, MlpCounts,
-    MlpWeights, Residual, Rows, SignMatrix, Thresholds, shape::DOT_CHAINS,
+    MlpWeights, Residual, Rows, SignMatrix, Thresholds,
+    shape::{DOT_CHAINS, DOT_SEGMENT},
 };
 
 /// `sum_c w[row, c] * x[c]`.
@@ -155,12 +156,20 @@ pub fn predict_scores(
     }
 }
 
-/// `sum_c w[row, c] * x[c]` in the one order that all backends keep: column c goes to sum c mod [`DOT_CHAINS`], and in the
-/// end sum j takes sum j + h for h = 16, 8, 4, 2, 1. Every operation is one of f32.
+/// `sum_c w[row, c] * x[c]` in the one order that all backends keep: column c of a segment of [`DOT_SEGMENT`] columns goes to
+/// the segment's sum c mod [`DOT_CHAINS`], sum j takes the segments' sums j one after the other, and in the end sum j takes
+/// sum j + h for h = 16, 8, 4, 2, 1. Every operation is one of f32.
 pub fn ordered_dot(w: &Matrix<'_>, row: usize, x: &[f32]) -> f32 {
     let mut sums = [0.0_f32; DOT_CHAINS];
-    for (col, x) in x.iter().enumerate() {
-        sums[col % DOT_CHAINS] += w.data.get(row * w.n_cols + col) * x;
+    for (segment, x) in x.chunks(DOT_SEGMENT).enumerate() {
+        let mut of_segment = [0.0_f32; DOT_CHAINS];
+        for (col, x) in x.iter().enumerate() {
+            let w = w.data.get(row * w.n_cols + segment * DOT_SEGMENT + col);
+            of_segment[col % DOT_CHAINS] += w * x;
+        }
+        for (sum, more) in sums.iter_mut().zip(of_segment) {
+            *sum += more;
+        }
     }
     let mut half = DOT_CHAINS / 2;
     while half > 0 {

@@ -152,6 +152,9 @@ impl Thresholds<'_> {
 /// Sums of a dot product of [`LowRank`]: as many as two of the widest vectors hold.
 pub const DOT_CHAINS: usize = 32;
 
+/// Columns of a dot product of [`LowRank`] whose sums are made on their own, so that many can be made at once.
+pub const DOT_SEGMENT: usize = 8 * DOT_CHAINS;
+
 /// What factors of low rank leave of a matrix, as signs and a scale for each row.
 #[derive(Clone, Copy, Debug)]
 pub struct Residual<'a> {

@@ -18,9 +18,8 @@ use half::f16;
 use kernels::cuda::{
     AttentionCall, AuditCall, AuditLayer, AuditRecord, AuditScratch, Buffer, Chosen, CudaError, DecodeCall,
     DecodeLayer, Device, DeviceLimits, DeviceLowRank, DeviceMatrix, DevicePlanes, DeviceResidual, DeviceRows,
-    DeviceThresholds, DownCall, Dtype, GateUpCall, MatvecCall, MlpTrace, PredictScoresCall, PrefillNormCall,
-    PrefillQuantiseCall, PrefillSkipLowRankCall, QkvCall, Quantised, SampleCall, View, audit_of,
-    quantised_bytes,
+    DeviceThresholds, DownCall, Dtype, GateUpCall, LowRankCall, MatvecCall, MlpTrace, PredictScoresCall,
+    PrefillNormCall, PrefillQuantiseCall, QkvCall, Quantised, SampleCall, View, audit_of, quantised_bytes,
 };
 use kernels::sample::{Draw, random, reference as drawn};
 use kernels::{
@@ -1471,7 +1470,8 @@ impl Exact {
         thresholds: DeviceThresholds<'_>,
         skip: View<'_>,
     ) {
-        let (normed, inner) = (poison(device, self.d), poison(device, factors.fc1.n_rows()));
+        let (normed, scratch) =
+            (poison(device, self.d), device.low_rank_scratch(factors.fc1.n_rows()).unwrap());
         let (planes, scale) = (device.alloc(quantised_bytes(1, self.d)).unwrap(), poison(device, 1));
         let (weight, n_tokens, dtype) = (self.norm.view(), 1, Dtype::F32);
         let out = normed.view();
@@ -1482,17 +1482,9 @@ impl Exact {
         device
             .prefill_quantise(&PrefillQuantiseCall { x, weight, eps: EPS, n_tokens, out: quantised })
             .unwrap();
-        device
-            .prefill_skip_low_rank(&PrefillSkipLowRankCall {
-                n_tokens,
-                x: normed.view(),
-                quantised: factors.residual.map(|_| quantised),
-                factors,
-                thresholds,
-                inner: inner.view(),
-                skip,
-            })
-            .unwrap();
+        let quantised = factors.residual.map(|_| quantised);
+        let call = LowRankCall { n_tokens, x: normed.view(), quantised, factors, thresholds, skip };
+        device.predict_low_rank(&call, &scratch).unwrap();
     }
 
     /// Rows of `layer` that the separate kernel kept, and how many it counted.

@@ -17,10 +17,9 @@ use common::{
 use half::{bf16, f16};
 use kernels::cuda::{
     Buffer, CudaError, Device, DeviceLimits, DeviceLowRank, DeviceMatrix, DevicePlanes, DeviceResidual,
-    DeviceThresholds, Dtype, FloatRows, Gemm, GemmCall, Mirror, Placement, PrefillAttentionCall,
+    DeviceThresholds, Dtype, FloatRows, Gemm, GemmCall, LowRankCall, Mirror, Placement, PrefillAttentionCall,
     PrefillGatedCall, PrefillNormCall, PrefillQuantiseCall, PrefillRopeCall, PrefillSkipCall,
-    PrefillSkipLowRankCall, PrefillSkipScoresCall, Quantised, UploadError, UploadPlan, View, quantised_bytes,
-    rounded_bytes, upload,
+    PrefillSkipScoresCall, Quantised, UploadError, UploadPlan, View, quantised_bytes, rounded_bytes, upload,
 };
 use kernels::{
     Activation, AttentionShape, BitPlanes, Elements, Limits, LowRank, Residual, SignMatrix, Thresholds,
@@ -570,9 +569,18 @@ fn rows_skipped_by_low_rank_are_the_reference_bit_for_bit() {
     let device = device();
     let mut random = Random::new(26);
     let mut found = Vec::new();
-    for (n_rows, n_cols, rank) in
-        [(1, 1, 1), (100, 33, 31), (704, 256, 16), (1376, 512, 100), (130, 4096, 256), (65, 5100, 333)]
-    {
+    // One for all ranks, as layers of a model share it.
+    let scratch = device.low_rank_scratch(333).unwrap();
+    for (n_rows, n_cols, rank) in [
+        (1, 1, 1),
+        (100, 33, 31),
+        (704, 256, 16),
+        (1376, 512, 100),
+        (130, 4096, 256),
+        (65, 5100, 333),
+        (300, 640, 320),
+        (20_000, 256, 8),
+    ] {
         let n_words = usize::div_ceil(n_cols, 32);
         let weight = random.values(n_cols);
         let weight_buffer = device.upload(&weight).unwrap();
@@ -584,7 +592,7 @@ fn rows_skipped_by_low_rank_are_the_reference_bit_for_bit() {
         let (signs, scales) = (device.upload(&words).unwrap(), random.values(n_rows));
         let scales_buffer = device.upload(&scales).unwrap();
         for (n_tokens, relu, has_residual) in
-            [(1, false, false), (7, true, false), (9, false, true), (20, true, true)]
+            [(1, false, false), (1, true, true), (7, true, false), (9, false, true), (20, true, true)]
         {
             let mut x = random.values(n_tokens * n_cols);
             if n_tokens > 1 {
@@ -634,22 +642,26 @@ fn rows_skipped_by_low_rank_are_the_reference_bit_for_bit() {
                 let case = format!(
                     "{n_tokens} tokens, {n_rows} rows of {n_cols} columns at rank {rank}, relu {relu}, residual {has_residual}, thresholds {name}"
                 );
-                for _ in 0..2 {
+                let want: Vec<u8> = want.iter().map(|&skip| skip.into()).collect();
+                let ways: &[bool] = if n_tokens == 1 { &[false, true, false, true] } else { &[false, false] };
+                for &in_one in ways {
                     let (inner, skip) =
                         (poison(&device, n_tokens * rank * 4), poison(&device, n_tokens * n_rows));
-                    let call = PrefillSkipLowRankCall {
+                    let call = LowRankCall {
                         n_tokens,
                         x: normed.view(),
                         quantised: has_residual.then_some(quantised),
                         factors: on_device,
                         thresholds: thresholds_on_device,
-                        inner: inner.view(),
                         skip: skip.view(),
                     };
-                    device.prefill_skip_low_rank(&call).unwrap();
-                    let got: Vec<u8> = download(&device, skip.view());
-                    let want: Vec<u8> = want.iter().map(|&skip| skip.into()).collect();
-                    found.extend(differences(&case, &got, &want));
+                    if in_one {
+                        device.predict_low_rank(&call, &scratch).unwrap();
+                    } else {
+                        device.prefill_skip_low_rank(&call, inner.view()).unwrap();
+                    }
+                    let case = format!("{case}, in one kernel {in_one}");
+                    found.extend(differences(&case, &download(&device, skip.view()), &want));
                 }
             }
         }

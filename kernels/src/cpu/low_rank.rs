@@ -4,8 +4,9 @@
 //!            score[r] = y[r] + (s[r] * (1 / scale)) * scales[r], with a residual of scores s in 8 bits of x (scores.rs)
 //! Reference  reference::{ordered_dot, low_rank_scores}; equal bit for bit, so that a score is on one side of a threshold everywhere
 //! Shapes     w (n_rows, n_cols) row-major; x (n_cols,); y (n_rows,)
-//! Lanes      DOT_CHAINS sums, column c in sum c mod DOT_CHAINS; products are rounded before they are added, as not every
-//!            instruction set adds them in one step; then halves are added: sum j takes sum j + h, h = 16, 8, 4, 2, 1
+//! Lanes      DOT_CHAINS sums of each DOT_SEGMENT columns, column c in sum c mod DOT_CHAINS; products are rounded before they
+//!            are added, as not every instruction set adds them in one step; then the segments' sums are added, then
+//!            halves of those: sum j takes sum j + h, h = 16, 8, 4, 2, 1
 //! Tail       one partial vector after another; the zeros in their place change no sum
 //! Chunks     rows, each with all tokens of a batch, so that its weights stay in cache
 
@@ -17,7 +18,7 @@ use super::lanes::{Element, LANES_MAX, Lanes, Portable, load_partial};
 use super::pool::{Pool, Shared};
 use super::scores::{self, Quantised, Scores};
 use super::signs::GROUP;
-use crate::shape::DOT_CHAINS;
+use crate::shape::{DOT_CHAINS, DOT_SEGMENT};
 use crate::{BitPlanes, LowRank, Matrix, Residual};
 
 /// Rows in a chunk.
@@ -176,7 +177,47 @@ unsafe fn dot<L: Lanes, T: Element, const R: usize>(
     n_cols: usize,
     x: *const f32,
 ) -> [f32; R] {
-    // SAFETY: full vectors end at or before n_cols, the partial one stops there; the sums fill the buffer.
+    // SAFETY: segments end at or before n_cols; vectors of sums lie in their array.
+    unsafe {
+        let mut sums = [[0.0_f32; DOT_CHAINS]; R];
+        for begin in (0..n_cols).step_by(DOT_SEGMENT) {
+            let of_segment = segment::<L, T, R>(
+                rows.map(|row| row.add(begin)),
+                DOT_SEGMENT.min(n_cols - begin),
+                x.add(begin),
+            );
+            for r in 0..R {
+                for a in 0..DOT_CHAINS / L::N {
+                    let sum = sums[r].as_mut_ptr().add(a * L::N);
+                    L::store(sum, L::add(L::load(sum), of_segment[r][a]));
+                }
+            }
+        }
+        sums.map(|mut sums| {
+            let mut half = DOT_CHAINS / 2;
+            while half > 0 {
+                for j in 0..half {
+                    sums[j] += sums[j + half];
+                }
+                half /= 2;
+            }
+            sums[0]
+        })
+    }
+}
+
+/// The sums of a segment of `R` rows, whose first columns `rows` and `x` are.
+///
+/// # Safety
+/// As [`dot`].
+#[expect(clippy::needless_range_loop, reason = "the index names a register of each of several arrays")]
+#[inline(always)]
+unsafe fn segment<L: Lanes, T: Element, const R: usize>(
+    rows: [*const T; R],
+    n_cols: usize,
+    x: *const f32,
+) -> [[L::V; ACCS_MAX]; R] {
+    // SAFETY: full vectors end at or before n_cols, the partial one stops there.
     unsafe {
         let mut accs = [[L::splat(0.0); ACCS_MAX]; R];
         let mut col = 0;
@@ -201,21 +242,6 @@ unsafe fn dot<L: Lanes, T: Element, const R: usize>(
                 col += n;
             }
         }
-        let mut dots = [0.0; R];
-        for r in 0..R {
-            let mut sums = [0.0_f32; DOT_CHAINS];
-            for a in 0..DOT_CHAINS / L::N {
-                L::store(sums.as_mut_ptr().add(a * L::N), accs[r][a]);
-            }
-            let mut half = DOT_CHAINS / 2;
-            while half > 0 {
-                for j in 0..half {
-                    sums[j] += sums[j + half];
-                }
-                half /= 2;
-            }
-            dots[r] = sums[0];
-        }
-        dots
+        accs
     }
 }

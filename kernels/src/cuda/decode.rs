@@ -6,7 +6,7 @@ use super::launch::{
     LowRankArgs, RowsArgs, check_aligned, check_cache, check_floats, check_state, same_type, x_planes_bytes,
 };
 use super::{Buffer, CudaError, Device, DeviceMatrix, DeviceRows, MlpTrace, View};
-use crate::shape::check;
+use crate::shape::{DOT_CHAINS, DOT_SEGMENT, check};
 use crate::{Activation, AttentionShape, PLANES_MAX};
 
 /// Warps that compute, and all: of the others one loads.
@@ -334,9 +334,11 @@ impl Plan {
         let n_pairs = (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim / 2;
         let n_splits_max = (n_blocks / shape.n_kv_heads).clamp(1, SPLITS_MAX);
         // The weights of attention's chunks lie there as well, before a maximum and a total for each, and where rows are
-        // predicted by factors, the terms of a product with the first, and then all such products.
+        // predicted by factors, the terms of a product with the first and their sums, and then all such products.
         let chunk_floats = 3 * shape.n_heads * n_splits_max + 1;
-        let shared_floats = if rank_max > 0 { chunk_floats.max(d).max(rank_max) } else { chunk_floats };
+        let product_floats = d + d.div_ceil(DOT_SEGMENT) * DOT_CHAINS;
+        let shared_floats =
+            if rank_max > 0 { chunk_floats.max(product_floats).max(rank_max) } else { chunk_floats };
         let tile_rows = (2 * n_pairs.max(f).div_ceil(n_blocks).clamp(WARP / 2, TILE_ROWS_MAX / 2))
             .max(shared_floats.div_ceil(WARPS).next_multiple_of(2));
         let own_cols = d.div_ceil(n_blocks).next_multiple_of(4);
@@ -550,7 +552,9 @@ impl Device {
             format!("decode_{}_{}", dtype.suffix(), plan.vec_loads)
         };
         // SAFETY: every length was checked above; the scratch was made for these widths.
-        unsafe { self.launch_together(&kernel, plan.n_blocks, BLOCK_WARPS * WARP, plan.shared_bytes, &args) }
+        unsafe {
+            self.launch_together(&kernel, plan.n_blocks, BLOCK_WARPS * WARP, plan.shared_bytes, false, &args)
+        }
     }
 }
 

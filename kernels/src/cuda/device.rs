@@ -303,17 +303,13 @@ impl Device {
         shared_bytes: usize,
         args: &A,
     ) -> Result<(), CudaError> {
-        let overlap = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            pad: [0; 4],
-            value: sys::CUlaunchAttributeValue_union { programmaticStreamSerializationAllowed: 1 },
-        };
-        let attributes = if self.overlap { vec![overlap] } else { vec![] };
+        let attributes = self.overlap.then(overlap).into_iter().collect();
         // SAFETY: the caller's promise.
         unsafe { self.launch_with(kernel, grid, n_threads, shared_bytes, args, attributes) }
     }
 
-    /// Launches `kernel` with all its blocks on the device at once, so that they can wait for each other.
+    /// Launches `kernel` with all its blocks on the device at once, so that they can wait for each other. It may start
+    /// while the kernel before ends where `overlaps`, which only one that waits for that itself allows.
     ///
     /// # Safety
     /// As [`Device::launch`].
@@ -323,6 +319,7 @@ impl Device {
         n_blocks: usize,
         n_threads: usize,
         shared_bytes: usize,
+        overlaps: bool,
         args: &A,
     ) -> Result<(), CudaError> {
         let together = sys::CUlaunchAttribute {
@@ -330,8 +327,9 @@ impl Device {
             pad: [0; 4],
             value: sys::CUlaunchAttributeValue_union { cooperative: 1 },
         };
+        let attributes = [together].into_iter().chain(overlaps.then(overlap)).collect();
         // SAFETY: the caller's promise.
-        unsafe { self.launch_with(kernel, [n_blocks, 1, 1], n_threads, shared_bytes, args, vec![together]) }
+        unsafe { self.launch_with(kernel, [n_blocks, 1, 1], n_threads, shared_bytes, args, attributes) }
     }
 
     /// # Safety
@@ -370,6 +368,15 @@ impl Device {
         unsafe { sys::cuLaunchKernelEx(&config, function, params.as_mut_ptr(), std::ptr::null_mut()) }
             .result()
             .during("launch a kernel")
+    }
+}
+
+/// Programmatic dependent launch.
+fn overlap() -> sys::CUlaunchAttribute {
+    sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue_union { programmaticStreamSerializationAllowed: 1 },
     }
 }
 

@@ -12,6 +12,7 @@ mod device;
 mod error;
 mod gemm;
 mod launch;
+mod low_rank;
 mod memory;
 mod prefill;
 mod sample;
@@ -27,11 +28,11 @@ pub use launch::{
     DeviceRows, DeviceThresholds, DownCall, DownScratch, Dtype, GateUpCall, MatvecCall, PredictScoresCall,
     QkvCall,
 };
+pub use low_rank::{LowRankCall, LowRankScratch};
 pub use memory::{Buffer, HostBuffer, Mapped, View};
 pub use prefill::{
     FloatRows, PrefillAttentionCall, PrefillGatedCall, PrefillNormCall, PrefillQuantiseCall, PrefillRopeCall,
-    PrefillSkipCall, PrefillSkipLowRankCall, PrefillSkipScoresCall, Quantised, quantised_bytes,
-    rounded_bytes,
+    PrefillSkipCall, PrefillSkipScoresCall, Quantised, quantised_bytes, rounded_bytes,
 };
 pub use sample::{Chosen, SampleCall};
 pub use upload::{Mirror, Placement, ReadAt, UploadError, UploadPlan, upload};

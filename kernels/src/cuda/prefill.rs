@@ -4,13 +4,9 @@
 //! structs mirror those at the top of each `prefill_*.cu` file, field by field.
 
 use super::gemm::check_grid;
-use super::launch::{
-    LowRankArgs, RowsArgs, activation_args, check_aligned, check_cache, check_floats, check_limits,
-    x_planes_bytes,
-};
+use super::launch::{RowsArgs, activation_args, check_cache, check_floats, check_limits, x_planes_bytes};
 use super::{
-    CudaError, Device, DeviceLimits, DeviceLowRank, DeviceMatrix, DevicePlanes, DeviceRows, DeviceThresholds,
-    Dtype, View,
+    CudaError, Device, DeviceLimits, DeviceMatrix, DevicePlanes, DeviceRows, DeviceThresholds, Dtype, View,
 };
 use crate::shape::check;
 use crate::{Activation, AttentionShape};
@@ -20,9 +16,6 @@ const THREADS: usize = 256;
 const COLS: usize = 4 * THREADS;
 /// Rows and tokens of a block of `prefill_skip` and of `prefill_skip_scores`.
 const SKIP_TILE: usize = 64;
-/// Threads of a block of the predictor of low rank, and its rows of the second factor.
-const LOW_RANK_THREADS: usize = 128;
-const LOW_RANK_ROWS: usize = 32;
 /// Head widths that `prefill_attention` has on tensor cores.
 const TENSOR_HEAD_DIMS: [usize; 5] = [32, 64, 80, 96, 128];
 /// Queries and keys of a block on tensor cores.
@@ -232,25 +225,6 @@ pub struct PrefillSkipScoresCall<'a> {
     pub skip: View<'a>,
 }
 
-/// The predictor of low rank over a batch.
-#[derive(Clone, Copy, Debug)]
-pub struct PrefillSkipLowRankCall<'a> {
-    /// Tokens.
-    pub n_tokens: usize,
-    /// The batch after its norm, `(n_tokens, n_cols)` f32.
-    pub x: View<'a>,
-    /// The same in 8 bits, where there is a residual.
-    pub quantised: Option<Quantised<'a>>,
-    /// The factors.
-    pub factors: DeviceLowRank<'a>,
-    /// Thresholds on the score.
-    pub thresholds: DeviceThresholds<'a>,
-    /// Products with the first factor, `(n_tokens, rank)` f32; written.
-    pub inner: View<'a>,
-    /// `(n_tokens, n_rows)` u8, 1 where a row is left out; written.
-    pub skip: View<'a>,
-}
-
 #[repr(C)]
 struct PrefillEmbedArgs {
     tokens: u64,
@@ -356,32 +330,8 @@ struct PrefillSkipScoresArgs {
     n_planes: u32,
 }
 
-#[repr(C)]
-struct PrefillInnerArgs {
-    x: u64,
-    fc1: u64,
-    inner: u64,
-    rank: i32,
-    n_cols: i32,
-    relu: u32,
-}
-
-#[repr(C)]
-struct PrefillSkipLowRankArgs {
-    factors: LowRankArgs,
-    inner: u64,
-    planes: u64,
-    x_scales: u64,
-    signs: u64,
-    limits: u64,
-    skip: u64,
-    n_rows: i32,
-    n_words: i32,
-    limit: u32,
-}
-
 impl Quantised<'_> {
-    fn check(&self, n_tokens: usize, n_cols: usize) -> Result<(), CudaError> {
+    pub(super) fn check(&self, n_tokens: usize, n_cols: usize) -> Result<(), CudaError> {
         check("bytes of inputs in 8 bits", quantised_bytes(n_tokens, n_cols), self.planes.len_bytes())?;
         check_floats("scales of inputs", n_tokens, self.scales)
     }
@@ -645,57 +595,6 @@ impl Device {
         };
         // SAFETY: every length was checked above.
         unsafe { self.launch("prefill_skip_scores", grid, THREADS, 0, &args) }
-    }
-
-    /// `skip[t, row] = score(t, row) < threshold(row)` for scores of low rank.
-    ///
-    /// # Errors
-    /// [`CudaError::Shape`], also for a residual without inputs in 8 bits; [`CudaError::MixedTypes`];
-    /// [`CudaError::Unsupported`].
-    pub fn prefill_skip_low_rank(&self, call: &PrefillSkipLowRankCall<'_>) -> Result<(), CudaError> {
-        let PrefillSkipLowRankCall { n_tokens, factors, thresholds, .. } = *call;
-        let (rank, n_cols, n_rows) = (factors.fc1.n_rows(), factors.fc1.n_cols(), factors.fc2.n_rows());
-        check_floats("predictor input", n_tokens * n_cols, call.x)?;
-        check_floats("inner products", n_tokens * rank, call.inner)?;
-        check("bytes of rows left out", n_tokens * n_rows, call.skip.len_bytes())?;
-        let needs_quantised = usize::from(factors.residual.is_some());
-        check("inputs in 8 bits for a residual", needs_quantised, call.quantised.iter().len())?;
-        if let Some(quantised) = call.quantised {
-            quantised.check(n_tokens, n_cols)?;
-        }
-        let rows = RowsArgs::new(&DeviceRows::LowRank { factors, thresholds }, n_rows, n_cols)?;
-        check_aligned(call.x.address())?;
-        check_aligned(call.inner.address())?;
-        check_grid("tokens of a batch", n_tokens, 1)?;
-        if n_tokens == 0 || n_rows == 0 {
-            return Ok(());
-        }
-        let args = PrefillInnerArgs {
-            x: call.x.address(),
-            fc1: rows.factors.fc1,
-            inner: call.inner.address(),
-            rank: rank as i32,
-            n_cols: n_cols as i32,
-            relu: rows.factors.relu,
-        };
-        let shared_bytes = self.check_shared(n_cols * size_of::<f32>())?;
-        // SAFETY: every length was checked above.
-        unsafe { self.launch("prefill_inner", [rank, n_tokens, 1], LOW_RANK_THREADS, shared_bytes, &args)? };
-        let args = PrefillSkipLowRankArgs {
-            factors: rows.factors,
-            inner: call.inner.address(),
-            planes: call.quantised.map_or(0, |quantised| quantised.planes.address()),
-            x_scales: call.quantised.map_or(0, |quantised| quantised.scales.address()),
-            signs: rows.signs,
-            limits: rows.limits,
-            skip: call.skip.address(),
-            n_rows: n_rows as i32,
-            n_words: n_cols.div_ceil(WARP) as i32,
-            limit: rows.limit,
-        };
-        let grid = [n_rows.div_ceil(LOW_RANK_ROWS), n_tokens, 1];
-        // SAFETY: as above; the kernel keeps to the rows of the factors.
-        unsafe { self.launch("prefill_skip_low_rank", grid, LOW_RANK_THREADS, 0, &args) }
     }
 
     /// Launches `kernel` of type `dtype` over `n_cols` columns of `n_tokens` tokens.

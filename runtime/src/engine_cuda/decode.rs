@@ -2,8 +2,8 @@
 
 use kernels::cuda::{
     AttentionCall, AttentionScratch, Buffer, CudaError, DecodeCall, DecodeLayer, DecodeScratch, Device,
-    DeviceRows, DownCall, DownScratch, Dtype, GateUpCall, MatvecCall, MlpTrace, PrefillNormCall, QkvCall,
-    Quantised, SampleCall, View, quantised_bytes,
+    DeviceRows, DownCall, DownScratch, Dtype, GateUpCall, LowRankScratch, MatvecCall, MlpTrace,
+    PrefillNormCall, QkvCall, Quantised, SampleCall, View, quantised_bytes,
 };
 use kernels::sample::Draw;
 use kernels::{AttentionShape, Matrix, MlpWeights};
@@ -38,8 +38,8 @@ struct LowRankVectors {
     normed: Buffer,
     planes: Buffer,
     scale: Buffer,
-    inner: Buffer,
     mask: Buffer,
+    scratch: LowRankScratch,
 }
 
 /// How tokens are drawn on the device.
@@ -70,8 +70,8 @@ impl Way {
                 normed: floats(hidden_size)?,
                 planes: device.alloc(quantised_bytes(1, hidden_size))?,
                 scale: floats(1)?,
-                inner: floats(rank_max)?,
                 mask: device.alloc(intermediate_size)?,
+                scratch: device.low_rank_scratch(rank_max)?,
             }),
         };
         Ok(Self::Kernels(Box::new(Vectors {
@@ -191,8 +191,8 @@ impl ModelState<'_> {
             signs: None,
         };
         let quantised = Quantised { planes: v.planes.view(), scales: v.scale.view() };
-        let inner = v.inner.view().slice(0, factors.fc1.n_rows() * size_of::<f32>());
-        self.skip_low_rank(norm, quantised, factors, thresholds, inner, v.mask.view())?;
+        let call = self.low_rank_call(norm, quantised, factors, thresholds, v.mask.view())?;
+        self.device.predict_low_rank(&call, &v.scratch)?;
         Ok(DeviceRows::Masked { mask: v.mask.view() })
     }
 

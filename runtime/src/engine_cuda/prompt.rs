@@ -14,8 +14,8 @@
 use format_spec::ModelConfig;
 use kernels::cuda::{
     Buffer, CudaError, Device, DeviceLowRank, DeviceMatrix, DeviceRows, DeviceThresholds, Dtype, FloatRows,
-    Gemm, GemmCall, MatvecCall, PrefillAttentionCall, PrefillGatedCall, PrefillNormCall, PrefillQuantiseCall,
-    PrefillRopeCall, PrefillSkipCall, PrefillSkipLowRankCall, PrefillSkipScoresCall, Quantised, View,
+    Gemm, GemmCall, LowRankCall, MatvecCall, PrefillAttentionCall, PrefillGatedCall, PrefillNormCall,
+    PrefillQuantiseCall, PrefillRopeCall, PrefillSkipCall, PrefillSkipScoresCall, Quantised, View,
     quantised_bytes, rounded_bytes,
 };
 use kernels::{AttentionShape, Cpu};
@@ -335,7 +335,8 @@ impl Prompt {
                 let out = rounded(&buffers.normed, dtype, n_tokens, d);
                 let norm = PrefillNormCall { x, weight, eps, n_tokens, dtype, out, signs: None };
                 let inner = buffers.inner.view().slice(0, n_tokens * factors.fc1.n_rows() * size_of::<f32>());
-                state.skip_low_rank(norm, quantised, factors, thresholds, inner, skip_of_batch)?;
+                let call = state.low_rank_call(norm, quantised, factors, thresholds, skip_of_batch)?;
+                device.prefill_skip_low_rank(&call, inner)?;
                 Some(skip_of_batch)
             }
             DeviceRows::Masked { mask } => Some(mask),
@@ -398,31 +399,22 @@ impl Prompt {
 }
 
 impl ModelState<'_> {
-    /// `skip` of a predictor of low rank for a batch: its norm, in 8 bits as well where there is a residual, then the rows.
-    pub(super) fn skip_low_rank(
+    /// What a predictor of low rank needs for `skip` of a batch, its norm made, and in 8 bits where there is a residual.
+    pub(super) fn low_rank_call<'a>(
         &self,
-        norm: PrefillNormCall<'_>,
-        quantised: Quantised<'_>,
-        factors: DeviceLowRank<'_>,
-        thresholds: DeviceThresholds<'_>,
-        inner: View<'_>,
-        skip: View<'_>,
-    ) -> Result<(), CudaError> {
-        let PrefillNormCall { x, weight, eps, n_tokens, .. } = norm;
+        norm: PrefillNormCall<'a>,
+        quantised: Quantised<'a>,
+        factors: DeviceLowRank<'a>,
+        thresholds: DeviceThresholds<'a>,
+        skip: View<'a>,
+    ) -> Result<LowRankCall<'a>, CudaError> {
+        let PrefillNormCall { x, weight, eps, n_tokens, out, .. } = norm;
         self.device.prefill_norm(&norm)?;
         let quantised = factors.residual.map(|_| quantised);
         if let Some(out) = quantised {
             self.device.prefill_quantise(&PrefillQuantiseCall { x, weight, eps, n_tokens, out })?;
         }
-        self.device.prefill_skip_low_rank(&PrefillSkipLowRankCall {
-            n_tokens,
-            x: norm.out,
-            quantised,
-            factors,
-            thresholds,
-            inner,
-            skip,
-        })
+        Ok(LowRankCall { n_tokens, x: out, quantised, factors, thresholds, skip })
     }
 }
 
