@@ -10,7 +10,7 @@ pub mod reference;
 pub mod sample;
 pub mod shape;
 
-pub use cpu::{AttentionScratch, Cpu, Isa, MlpScratch};
+pub use cpu::{AttentionScratch, Cpu, Isa, MlpScratch, Moments, Sweeps};
 pub use shape::{
     Activation, AttentionShape, BitPlanes, Elements, Limits, LowRank, Matrix, Matvec, MlpAudit, MlpCounts,
     MlpWeights, PLANES_MAX, Residual, Rows, ShapeError, SignMatrix, Thresholds,

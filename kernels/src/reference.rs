@@ -156,6 +156,46 @@ pub fn predict_scores(
     }
 }
 
+/// Moves the odd numbers `v` up to `max` of a row, which stand for `w`, to where `(w - a v)^T H (w - a v)` is the least,
+/// `a = v^T H w / v^T H v`; `p` and `q` are H times both, `moments` is H, `(n_cols, n_cols)`. The best real number in column
+/// c is `v_c + (p_c / a - q_c) / H_cc`, and the error being a parabola there, the odd number nearest to it is the best one.
+/// Source: OPTQ, arXiv 2210.17323, with more than one sweep. Every operation is one of f32 but the two sums in a.
+pub fn descend(
+    moments: &[f32],
+    max: f32,
+    n_sweeps: usize,
+    w: &[f32],
+    v: &mut [f32],
+    p: &[f32],
+    q: &mut [f32],
+) {
+    let n_cols = w.len();
+    let dot = |a: &[f32], b: &[f32]| -> f64 {
+        a.iter().zip(b).fold(0.0, |sum, (&a, &b)| sum + f64::from(a) * f64::from(b))
+    };
+    for _ in 0..n_sweeps {
+        let scale = (dot(v, p) / dot(v, q)) as f32;
+        if scale <= 0.0 || scale.is_nan() {
+            break;
+        }
+        let mut is_done = true;
+        for (col, moments) in moments.chunks_exact(n_cols).enumerate() {
+            let sign = if w[col] < 0.0 { -1.0 } else { 1.0 };
+            let best = sign * (v[col] + (p[col] / scale - q[col]) / moments[col]);
+            let odd = sign * (2.0 * (0.5 * best).floor() + 1.0).clamp(1.0, max);
+            let step = odd - v[col];
+            if step != 0.0 {
+                v[col] = odd;
+                q.iter_mut().zip(moments).for_each(|(q, moment)| *q += step * moment);
+                is_done = false;
+            }
+        }
+        if is_done {
+            break;
+        }
+    }
+}
+
 /// `sum_c w[row, c] * x[c]` in the one order that all backends keep: column c of a segment of [`DOT_SEGMENT`] columns goes to
 /// the segment's sum c mod [`DOT_CHAINS`], sum j takes the segments' sums j one after the other, and in the end sum j takes
 /// sum j + h for h = 16, 8, 4, 2, 1. Every operation is one of f32.

@@ -9,7 +9,8 @@ mod common;
 use common::{Random, TOLERANCE, Weights, low_planes, magnitude, rows_of, sign_words};
 use kernels::{
     Activation, AttentionScratch, AttentionShape, BitPlanes, Cpu, Elements, Isa, Limits, LowRank, Matrix,
-    Matvec, MlpCounts, MlpScratch, MlpWeights, Residual, Rows, SignMatrix, Thresholds, reference,
+    Matvec, MlpCounts, MlpScratch, MlpWeights, Moments, Residual, Rows, SignMatrix, Sweeps, Thresholds,
+    reference,
 };
 use proptest::prelude::*;
 use std::sync::LazyLock;
@@ -268,6 +269,54 @@ proptest! {
             let mut skip: Vec<bool> = want_skip.iter().map(|skip| !skip).collect();
             cpu.predict(&Rows::Scored { planes, thresholds }, n_tokens, &x, &mut skip).unwrap();
             prop_assert_eq!(&skip, &want_skip, "{}", cpu.isa());
+        }
+    }
+
+    /// On both sides of tiles, spans and chunks.
+    #[test]
+    fn rows_descend_as_the_reference_does_bit_for_bit(
+        n_cols in prop_oneof![1..70usize, 120..135usize, 505..520usize, 570..580usize],
+        n_rows in prop_oneof![1..5usize, 126..131usize], n_planes in 1..4usize, n_sweeps in 0..5usize, seed: u64,
+    ) {
+        let mut random = Random::new(seed);
+        // Moments of a few inputs.
+        let n_tokens = 1 + n_cols / 4;
+        let x = random.values(n_tokens * n_cols);
+        let mut moments = vec![0.0; n_cols * n_cols];
+        for x in x.chunks_exact(n_cols) {
+            for (row, x_row) in moments.chunks_exact_mut(n_cols).zip(x) {
+                row.iter_mut().zip(x).for_each(|(moment, x)| *moment += x_row * x);
+            }
+        }
+        (0..n_cols).for_each(|col| moments[col * n_cols + col] += 0.5);
+        let max = ((1 << n_planes) - 1) as f32;
+        let mut w = random.values(n_rows * n_cols);
+        // A row of zeros has no scale.
+        w[..n_cols].fill(0.0);
+        let v: Vec<f32> = w
+            .iter()
+            .map(|w| (2.0 * (w.abs() * max / 2.0).floor() + 1.0).min(max) * if *w < 0.0 { -1.0 } else { 1.0 })
+            .collect();
+        let times = |rows: &[f32]| -> Vec<f32> {
+            let moments = Matrix { data: Elements::F32(&moments), n_rows: n_cols, n_cols };
+            let mut product = vec![0.0; rows.len()];
+            reference::matmul(&moments, rows, &mut product);
+            product
+        };
+        let (p, q) = (times(&w), times(&v));
+        let (mut want_v, mut want_q) = (v.clone(), q.clone());
+        for row in 0..n_rows {
+            let at = row * n_cols..(row + 1) * n_cols;
+            let (v, q) = (&mut want_v[at.clone()], &mut want_q[at.clone()]);
+            reference::descend(&moments, max, n_sweeps, &w[at.clone()], v, &p[at], q);
+        }
+        let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+        for cpu in CPUS.iter().flatten() {
+            let (mut v, mut q) = (v.clone(), q.clone());
+            let moments = Moments::new(cpu, n_cols, &moments).unwrap();
+            cpu.descend(&moments, Sweeps { max, n_sweeps }, &w, &mut v, &p, &mut q).unwrap();
+            prop_assert_eq!(bits(&v), bits(&want_v), "{}", cpu.isa());
+            prop_assert_eq!(bits(&q), bits(&want_q), "{}", cpu.isa());
         }
     }
 
@@ -536,6 +585,17 @@ fn lengths_that_do_not_fit_are_errors() {
     assert_eq!(error(audited(&[0, 2, 2], &mut y)), "ascending rows of a sample: expected 2, found 1");
     assert_eq!(error(audited(&[1, 4], &mut y)), "rows of a sample: expected 3, found 4");
     assert_eq!(error(audited(&[1], &mut [0.0; 2])), "mlp output: expected 3, found 2");
+}
+
+#[test]
+fn each_item_is_visited_once_on_any_number_of_threads() {
+    for cpu in CPUS.iter().flatten() {
+        let mut values = vec![0_u32; 1000];
+        cpu.for_each(values.chunks_mut(7).enumerate(), |(idx, values)| {
+            values.iter_mut().for_each(|value| *value += 1 + idx as u32);
+        });
+        assert!(values.iter().enumerate().all(|(idx, &value)| value == 1 + idx as u32 / 7), "{values:?}");
+    }
 }
 
 /// The range of a score: every weight at its largest with the sign of x, which is at its largest too.

@@ -2,6 +2,7 @@
 
 mod attention;
 mod decode;
+mod descend;
 mod elementwise;
 mod gemm;
 mod lanes;
@@ -10,11 +11,15 @@ mod pool;
 mod scores;
 mod signs;
 
+pub use descend::{Moments, Sweeps};
+
 use crate::shape::check;
 use crate::{
     Activation, AttentionShape, BitPlanes, Elements, Limits, LowRank, Matrix, Matvec, MlpAudit, MlpCounts,
     MlpWeights, PLANES_MAX, Residual, Rows, ShapeError, SignMatrix, Thresholds,
 };
+
+use std::sync::{Mutex, PoisonError};
 
 /// Instruction set of the vector paths.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -143,6 +148,20 @@ impl Cpu {
         self.pool.n_threads()
     }
 
+    /// Calls `f` with each of `items`, in any order and on any of the threads.
+    ///
+    /// # Panics
+    /// With the panic of `f`.
+    pub fn for_each<I: Iterator<Item: Send> + Send>(&self, items: I, f: impl Fn(I::Item) + Sync) {
+        let items = Mutex::new(items);
+        let next = || items.lock().unwrap_or_else(PoisonError::into_inner).next();
+        self.pool.run(self.n_threads(), &|_| {
+            while let Some(item) = next() {
+                f(item);
+            }
+        });
+    }
+
     /// `out = w[row]` as f32.
     pub fn row(&self, w: &Matrix<'_>, row: usize, out: &mut [f32]) -> Result<(), ShapeError> {
         check_matrix(w)?;
@@ -241,6 +260,27 @@ impl Cpu {
         check("matmul_t input", n_tokens * w_t.n_rows, x.len())?;
         check("matmul_t output", n_tokens * w_t.n_cols, y.len())?;
         self.gemm.matmul_t(self.isa, &self.pool, gemm::Product { w: w_t, n_tokens, x, y, accumulate });
+        Ok(())
+    }
+
+    /// Moves the odd numbers `v` of a few bits, which stand for `w` and have its signs, element by element to where the
+    /// error `(w - a v)^T H (w - a v)` of their row is the least, with `a = v^T H w / v^T H v` and H the moments; `p` is
+    /// `w H`, and `q`, which follows, `v H`. Shapes: all `(n_rows, n_cols)`.
+    pub fn descend(
+        &self,
+        moments: &Moments,
+        sweeps: Sweeps,
+        w: &[f32],
+        v: &mut [f32],
+        p: &[f32],
+        q: &mut [f32],
+    ) -> Result<(), ShapeError> {
+        let n_cols = moments.n_cols();
+        check("columns of rows that move", w.len().checked_div(n_cols).unwrap_or(0) * n_cols, w.len())?;
+        check("numbers of rows that move", w.len(), v.len())?;
+        check("moments of rows", w.len(), p.len())?;
+        check("moments of numbers", w.len(), q.len())?;
+        descend::descend(self.isa, &self.pool, moments, sweeps, descend::Chunk { w, v, p, q });
         Ok(())
     }
 
