@@ -211,10 +211,11 @@ impl<'m> Observer<'m> {
         kinds: &[Kind],
         progress: &Progress,
     ) -> Result<(), PrepError> {
-        let of_planes = || kinds.iter().filter(|kind| kind.n_planes() > 1);
-        if of_planes().next().is_none() {
+        let of_planes: Vec<Kind> = kinds.iter().copied().filter(|kind| kind.n_planes() > 1).collect();
+        if of_planes.is_empty() {
             return Ok(());
         }
+        let n_planes: Vec<usize> = of_planes.iter().map(|kind| kind.n_planes()).collect();
         let mut seen = Seen { n_prefix: self.n_prefix, layers: vec![Vec::new(); self.layers.len()] };
         let n_of_token = self.layers.len() * self.model.config().hidden_size as usize;
         let mut n_bytes = 0;
@@ -231,11 +232,9 @@ impl<'m> Observer<'m> {
             let w_gate = self.model.w_gate(layer);
             let x = x.into_iter().map(f16::to_f32).collect();
             let inputs = Inputs::new(&self.cpu, x, w_gate.n_cols);
-            for &kind in of_planes() {
-                let planes = LowPlanes::of(&self.cpu, &w_gate, kind.n_planes(), inputs.as_ref());
-                sums.low.insert(kind, planes);
-                progress.check()?;
-            }
+            let planes = LowPlanes::of(&self.cpu, &w_gate, &n_planes, inputs.as_ref());
+            sums.low.extend(of_planes.iter().copied().zip(planes));
+            progress.check()?;
         }
         Ok(())
     }

@@ -21,10 +21,8 @@
 //! number in column c is v_c + (p_c / a - q_c) / H_cc, and E being a parabola there, the odd number nearest to it is the
 //! best one; q follows each step by a row of H. The ridge r stands for the inputs that the text lacks.
 
-use std::sync::{Mutex, PoisonError};
-
 use half::{bf16, f16};
-use kernels::{BitPlanes, Cpu, Elements, Matrix, SignMatrix};
+use kernels::{BitPlanes, Cpu, Elements, Matrix, Moments, SignMatrix, Sweeps};
 
 /// Steps of 1, 2 and 3 bits in standard deviations; a single bit has none.
 const STEPS: [f32; 3] = [f32::INFINITY, 0.9957, 0.586];
@@ -35,10 +33,10 @@ const STEPS: [f32; 3] = [f32::INFINITY, 0.9957, 0.586];
 const RIDGE: f32 = 3.0;
 /// Times that every element is looked at.
 const N_SWEEPS: usize = 4;
-/// Rows that are multiplied at a time, and those that a thread moves together, for which their q stay in a cache while
-/// one row of H serves them all.
-const N_ROWS: usize = 256;
-const N_ROWS_TOGETHER: usize = 32;
+/// Rows that are fitted at a time: enough for every thread, few enough for little memory.
+const N_ROWS: usize = 4096;
+/// Rows that a thread takes at a time.
+const N_ROWS_OF_THREAD: usize = 32;
 
 /// Inputs of a layer, for its planes to be fitted to.
 #[derive(Clone, Debug)]
@@ -47,8 +45,8 @@ pub(crate) struct Inputs {
     /// Less their mean, scaled so that the moments of a column are 1 in the mean, `(n_tokens, n_cols)`.
     x: Vec<f32>,
     ridge: f32,
-    /// H, `(n_cols, n_cols)`.
-    moments: Vec<f32>,
+    /// H.
+    moments: Moments,
 }
 
 /// Planes of a matrix below its signs, `(n_planes - 1, n_rows, n_words)`.
@@ -87,105 +85,73 @@ impl Inputs {
         let as_matrix = Matrix { data: Elements::F32(&x), n_rows: n_tokens, n_cols };
         cpu.matmul_t(&as_matrix, n_cols, &x_t, &mut moments, false).expect("a matrix and its transpose");
         (0..n_cols).for_each(|col| moments[col * n_cols + col] += ridge);
+        let moments = Moments::new(cpu, n_cols, &moments).expect("a square");
         Some(Self { n_cols, x, ridge, moments })
     }
 
-    /// `rows H`, for `rows (n, n_cols)`. There are fewer tokens than columns in large models, so that X does with fewer
-    /// operations than H.
-    fn times(&self, cpu: &Cpu, rows: &[f32]) -> Vec<f32> {
+    /// `product = rows H`, both `(n, n_cols)`; `along` is overwritten. There are fewer tokens than columns in large models,
+    /// so that X does with fewer operations than H.
+    fn times(&self, cpu: &Cpu, rows: &[f32], along: &mut Vec<f32>, product: &mut [f32]) {
         let (n_rows, n_tokens) = (rows.len() / self.n_cols, self.x.len() / self.n_cols);
         let x = Matrix { data: Elements::F32(&self.x), n_rows: n_tokens, n_cols: self.n_cols };
-        let mut along = vec![0.0; n_rows * n_tokens];
-        cpu.matmul(&x, n_rows, rows, &mut along, false).expect("rows of as many columns");
-        let mut product: Vec<f32> = rows.iter().map(|v| self.ridge * v).collect();
-        cpu.matmul_t(&x, n_rows, &along, &mut product, true).expect("rows of as many tokens");
-        product
-    }
-
-    /// Moves the odd numbers `v` up to `max`, which stand for `w`; `p` and `q` are H times both. Shapes: `(n, n_cols)`.
-    fn descend(&self, max: f32, w: &[f32], v: &mut [f32], p: &[f32], q: &mut [f32]) {
-        let n_cols = self.n_cols;
-        let dot = |a: &[f32], b: &[f32]| -> f64 {
-            a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
-        };
-        for _ in 0..N_SWEEPS {
-            let rows = v.chunks_exact(n_cols).zip(p.chunks_exact(n_cols)).zip(q.chunks_exact(n_cols));
-            let scales: Vec<f32> = rows.map(|((v, p), q)| (dot(v, p) / dot(v, q)) as f32).collect();
-            let mut is_done = true;
-            for (col, moments) in self.moments.chunks_exact(n_cols).enumerate() {
-                for (row, &scale) in scales.iter().enumerate().filter(|(_, scale)| **scale > 0.0) {
-                    let at = row * n_cols + col;
-                    let sign = if w[at] < 0.0 { -1.0 } else { 1.0 };
-                    let best = sign * (v[at] + (p[at] / scale - q[at]) / moments[col]);
-                    let odd = sign * (2.0 * (0.5 * best).floor() + 1.0).clamp(1.0, max);
-                    let step = odd - v[at];
-                    if step != 0.0 {
-                        v[at] = odd;
-                        let q = &mut q[row * n_cols..][..n_cols];
-                        q.iter_mut().zip(moments).for_each(|(q, moment)| *q += step * moment);
-                        is_done = false;
-                    }
-                }
-            }
-            if is_done {
-                break;
-            }
-        }
+        along.resize(n_rows * n_tokens, 0.0);
+        cpu.matmul(&x, n_rows, rows, along, false).expect("rows of as many columns");
+        let n_together = N_ROWS_OF_THREAD * self.n_cols;
+        cpu.for_each(rows.chunks(n_together).zip(product.chunks_mut(n_together)), |(rows, product)| {
+            product.iter_mut().zip(rows).for_each(|(product, v)| *product = self.ridge * v);
+        });
+        cpu.matmul_t(&x, n_rows, along, product, true).expect("rows of as many tokens");
     }
 }
 
 impl LowPlanes {
-    /// The planes of `w` in `n_planes` bits, fitted to `inputs` where there are some; none for one bit.
-    pub(crate) fn of(cpu: &Cpu, w: &Matrix<'_>, n_planes: usize, inputs: Option<&Inputs>) -> Self {
-        let (n_rows, n_cols, n_words) = (w.n_rows, w.n_cols, w.n_cols.div_ceil(32));
-        let mut words = vec![0; (n_planes - 1) * n_rows * n_words];
-        if n_planes == 1 {
-            return Self { words };
-        }
-        let max = (1 << n_planes) - 1;
-        let mut rows = vec![0.0; N_ROWS.min(n_rows) * n_cols];
+    /// The planes of `w` in each of `n_planes` bits, fitted to `inputs` where there are some; none for one bit.
+    pub(crate) fn of(cpu: &Cpu, w: &Matrix<'_>, n_planes: &[usize], inputs: Option<&Inputs>) -> Vec<Self> {
+        let (n_rows, n_cols) = (w.n_rows, w.n_cols);
+        let n_words = n_cols.div_ceil(32);
+        let mut planes: Vec<Self> =
+            n_planes.iter().map(|n| Self { words: vec![0; (n - 1) * n_rows * n_words] }).collect();
+        let n_together = N_ROWS_OF_THREAD * n_cols;
+        let buffer = || vec![0.0; N_ROWS.min(n_rows) * n_cols];
+        let (mut rows, mut values) = (buffer(), buffer());
+        let (mut p, mut q) = if inputs.is_some() { (buffer(), buffer()) } else { Default::default() };
+        let mut along = Vec::new();
         for row0 in (0..n_rows).step_by(N_ROWS) {
-            let n = N_ROWS.min(n_rows - row0) * n_cols;
+            let n_rows_here = N_ROWS.min(n_rows - row0);
+            let n = n_rows_here * n_cols;
             let rows = &mut rows[..n];
-            copy_row(&w.data, row0 * n_cols, rows);
-            let mut values = Vec::with_capacity(n);
-            for row in rows.chunks_exact(n_cols) {
-                let step = STEPS[n_planes - 1] * root_mean_square(row);
-                let nearest = |&w: &f32| {
-                    // From a row of zeros the step is 0, and 0 / 0 becomes 0.
-                    let value = (2 * ((w.abs() / step) as u32).min(max / 2) + 1) as f32;
-                    if w < 0.0 { -value } else { value }
-                };
-                values.extend(row.iter().map(nearest));
-            }
+            cpu.for_each(rows.chunks_exact_mut(n_cols).enumerate(), |(idx, row)| {
+                cpu.row(w, row0 + idx, row).expect("a row of the matrix");
+            });
+            let rows = &*rows;
             if let Some(inputs) = inputs {
-                let (p, mut q) = (inputs.times(cpu, rows), inputs.times(cpu, &values));
-                let n_together = N_ROWS_TOGETHER * n_cols;
-                let groups = rows.chunks(n_together).zip(values.chunks_mut(n_together));
-                let mut groups = groups.zip(p.chunks(n_together)).zip(q.chunks_mut(n_together));
-                // Rows do not depend on each other, so it does not matter which thread moves them.
-                let groups = Mutex::new(&mut groups);
-                std::thread::scope(|scope| {
-                    for _ in 0..cpu.n_threads() {
-                        scope.spawn(|| {
-                            while let Some((((w, v), p), q)) = next(&groups) {
-                                inputs.descend(max as f32, w, v, p, q);
-                            }
-                        });
-                    }
-                });
+                inputs.times(cpu, rows, &mut along, &mut p[..n]);
             }
-            for (idx, &value) in values.iter().enumerate() {
-                let (row, col) = (row0 + idx / n_cols, idx % n_cols);
-                // From 0 to 2^P - 1: its binary digits are the planes, 0 for -1; a plane's bit is 1 for -1.
-                let digits = (value as i32 + max as i32) as u32 / 2;
-                for plane in 1..n_planes {
-                    let bit = !digits >> (n_planes - 1 - plane) & 1;
-                    words[((plane - 1) * n_rows + row) * n_words + col / 32] |= bit << (col % 32);
+            for (planes, &n_planes) in planes.iter_mut().zip(n_planes).filter(|(_, n)| **n > 1) {
+                let max = (1 << n_planes) - 1;
+                let values = &mut values[..n];
+                cpu.for_each(rows.chunks(n_together).zip(values.chunks_mut(n_together)), |(rows, values)| {
+                    let rows = rows.chunks_exact(n_cols).zip(values.chunks_exact_mut(n_cols));
+                    rows.for_each(|(row, values)| nearest(row, n_planes, values));
+                });
+                if let Some(inputs) = inputs {
+                    inputs.times(cpu, values, &mut along, &mut q[..n]);
+                    let sweeps = Sweeps { max: max as f32, n_sweeps: N_SWEEPS };
+                    let moved = cpu.descend(&inputs.moments, sweeps, rows, values, &p[..n], &mut q[..n]);
+                    moved.expect("shapes of the rows");
+                }
+                for (plane, words) in planes.words.chunks_exact_mut(n_rows * n_words).enumerate() {
+                    let words = &mut words[row0 * n_words..][..n_rows_here * n_words];
+                    let digit = n_planes - 2 - plane;
+                    let words = words.chunks_mut(N_ROWS_OF_THREAD * n_words);
+                    cpu.for_each(words.zip(values.chunks(n_together)), |(words, values)| {
+                        let rows = words.chunks_exact_mut(n_words).zip(values.chunks_exact(n_cols));
+                        rows.for_each(|(words, values)| pack(values, max, digit, words));
+                    });
                 }
             }
         }
-        Self { words }
+        planes
     }
 
     /// Signs and these.
@@ -194,9 +160,26 @@ impl LowPlanes {
     }
 }
 
-/// The next of what several threads share.
-fn next<I: Iterator>(shared: &Mutex<I>) -> Option<I::Item> {
-    shared.lock().unwrap_or_else(PoisonError::into_inner).next()
+/// The nearest numbers of `n_planes` bits in steps of the row.
+fn nearest(row: &[f32], n_planes: usize, values: &mut [f32]) {
+    let step = STEPS[n_planes - 1] * root_mean_square(row);
+    let max = (1 << (n_planes - 1)) - 1;
+    for (value, w) in values.iter_mut().zip(row) {
+        // From a row of zeros the step is 0, and 0 / 0 becomes 0.
+        let magnitude = (2 * ((w.abs() / step) as u32).min(max) + 1) as f32;
+        *value = if *w < 0.0 { -magnitude } else { magnitude };
+    }
+}
+
+/// The bits of one plane of a row: binary digit `digit` of a number's place among the odd ones from `-max` on, of which 0
+/// is a bit of 1, as a plane's bit is 1 for -1.
+fn pack(values: &[f32], max: i32, digit: usize, words: &mut [u32]) {
+    for (word, values) in words.iter_mut().zip(values.chunks(32)) {
+        *word = values.iter().enumerate().fold(0, |word, (bit, &value)| {
+            let place = (value as i32 + max) as u32 / 2;
+            word | (!place >> digit & 1) << bit
+        });
+    }
 }
 
 fn root_mean_square(row: &[f32]) -> f32 {
@@ -222,13 +205,17 @@ mod tests {
     /// Standard deviation 1 by construction.
     const ROW: [f32; 8] = [0.1, -0.1, 1.2, -1.2, 0.0, -0.9, 1.9, -0.0];
 
+    fn of(cpu: &Cpu, w: &Matrix<'_>, n_planes: usize, inputs: Option<&Inputs>) -> LowPlanes {
+        LowPlanes::of(cpu, w, &[n_planes], inputs).remove(0)
+    }
+
     fn values(n_planes: usize) -> Vec<i32> {
         let rms = root_mean_square(&ROW);
         let row = ROW.map(|w| w / rms);
         let mut words = [0];
         reference::sign_pack(&row, &mut words);
         let w = Matrix { data: Elements::F32(&row), n_rows: 1, n_cols: 8 };
-        let planes = LowPlanes::of(&Cpu::new(1), &w, n_planes, None);
+        let planes = of(&Cpu::new(1), &w, n_planes, None);
         let planes = planes.with(SignMatrix { words: &words, n_rows: 1, n_words: 1 });
         assert_eq!(planes.n_planes(), n_planes);
         let one = |col: usize| std::array::from_fn::<i8, 8, _>(|c| i8::from(c == col));
@@ -246,7 +233,7 @@ mod tests {
     #[test]
     fn a_row_of_zeros_has_values_all_the_same() {
         let w = Matrix { data: Elements::F16(&[f16::ZERO; 40]), n_rows: 1, n_cols: 40 };
-        let planes = LowPlanes::of(&Cpu::new(1), &w, 2, None);
+        let planes = of(&Cpu::new(1), &w, 2, None);
         assert_eq!(planes.words, [u32::MAX, 0xFF], "1 = 2 - 1, and nothing past the last column");
     }
 
@@ -306,11 +293,11 @@ mod tests {
         let seen = Inputs::new(&cpu, inputs(100, d, 10), d).expect("inputs differ");
         let new = inputs(300, d, 20);
         for (n_planes, share) in [(2, 0.5), (3, 0.5)] {
-            let nearest = unforetold(&w, &LowPlanes::of(&cpu, &w, n_planes, None), &new);
-            let fitted = LowPlanes::of(&cpu, &w, n_planes, Some(&seen));
+            let nearest = unforetold(&w, &of(&cpu, &w, n_planes, None), &new);
+            let fitted = of(&cpu, &w, n_planes, Some(&seen));
             let left = unforetold(&w, &fitted, &new);
             assert!(left < share * nearest, "{n_planes} planes: {left} and {nearest}");
-            let by_one = LowPlanes::of(&Cpu::new(1), &w, n_planes, Some(&seen));
+            let by_one = of(&Cpu::new(1), &w, n_planes, Some(&seen));
             assert!(fitted.words == by_one.words, "the number of threads changes the planes");
         }
     }
@@ -324,7 +311,7 @@ mod tests {
         // A row of zeros has no scale to fit.
         let w = Matrix { data: Elements::F32(&[0.0; 72]), n_rows: 1, n_cols: 72 };
         let seen = Inputs::new(&cpu, inputs(50, 72, 30), 72).expect("inputs differ");
-        let fitted = LowPlanes::of(&cpu, &w, 2, Some(&seen));
-        assert_eq!(fitted.words, LowPlanes::of(&cpu, &w, 2, None).words);
+        let fitted = of(&cpu, &w, 2, Some(&seen));
+        assert_eq!(fitted.words, of(&cpu, &w, 2, None).words);
     }
 }
