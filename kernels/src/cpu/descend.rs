@@ -25,6 +25,7 @@
 use std::cmp::Ordering;
 
 use super::Isa;
+use super::decode::dispatch;
 #[cfg(target_arch = "x86_64")]
 use super::lanes::{Avx2, Avx512};
 use super::lanes::{Lanes, Portable};
@@ -41,21 +42,6 @@ const SPAN: usize = 8 * TILE;
 const ROWS: usize = 128;
 /// Bytes of a cache line.
 const LINE_BYTES: usize = 64;
-
-macro_rules! dispatch {
-    ($isa:expr, $entry:ident, $($arg:expr),*) => {
-        match $isa {
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: `Cpu` has an instruction set only if the processor has it.
-            Isa::Avx512 => unsafe { avx512::$entry($($arg),*) },
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: as above.
-            Isa::Avx2 => unsafe { avx2::$entry($($arg),*) },
-            // SAFETY: nothing is asked of the processor.
-            _ => unsafe { portable::$entry($($arg),*) },
-        }
-    };
-}
 
 macro_rules! entries {
     ($isa:ident, $lanes:ty $(, $feature:literal)?) => {
