@@ -433,29 +433,47 @@ impl Cpu {
         let n_cols = x.len() / n_tokens;
         check("scores input", n_tokens * n_cols, x.len())?;
         check_planes(planes, n_cols)?;
+        let shared = pool::Shared::new(scores);
+        let found_scales = self.scored(planes, n_tokens, x, |token, row, scores, _| {
+            // SAFETY: each chunk has its own rows of its own token.
+            unsafe { shared.slice(token * n_rows + row, scores.len()) }.copy_from_slice(scores);
+        });
+        scales.copy_from_slice(&found_scales);
+        Ok(())
+    }
+
+    /// Calls `put` with a token, the first of some rows, their scores and the token's scale, for all of `planes` in any
+    /// order and on any thread. Returns the scales. Shapes, which fit: `x (n_tokens, n_cols)`, no dimension but n_cols 0.
+    fn scored(
+        &self,
+        planes: &BitPlanes<'_>,
+        n_tokens: usize,
+        x: &[f32],
+        put: impl Fn(usize, usize, &[i32], f32) + Sync,
+    ) -> Vec<f32> {
+        let (n_rows, n_cols) = (planes.signs.n_rows, x.len() / n_tokens);
         let q_len = scores::q_len(n_cols);
         let mut q = vec![0; n_tokens * q_len];
-        let quantise = |(token, q)| scores::quantise(&x[token * n_cols..][..n_cols], q);
-        let quantised: Vec<_> = q.chunks_exact_mut(q_len.max(1)).enumerate().map(quantise).collect();
-        if n_cols == 0 {
-            scores.fill(0);
-            scales.fill(0.0);
-            return Ok(());
-        }
-        for (scale, x) in scales.iter_mut().zip(&quantised) {
-            *scale = x.scale;
-        }
-        let scores = pool::Shared::new(scores);
+        let mut quantised = vec![None; n_tokens];
+        let of_token = quantised.iter_mut().zip(q.chunks_mut(q_len.max(1)));
+        self.for_each(of_token.enumerate(), |(token, (quantised, q))| {
+            *quantised = Some(scores::quantise(&x[token * n_cols..][..n_cols], q));
+        });
+        // Without columns there are no chunks of q, and sums are empty.
+        let none = scores::Quantised { q: &[], scale: 0.0, total: 0 };
+        let quantised: Vec<_> = quantised.into_iter().map(|x| x.unwrap_or(none)).collect();
         let n_row_chunks = n_rows.div_ceil(SCORE_ROWS);
         self.pool.run(n_tokens * n_row_chunks, &|chunk| {
             // Tokens are inside, so that a chunk's planes stay in cache.
             let (row, token) = (chunk / n_tokens * SCORE_ROWS, chunk % n_tokens);
-            let n_rows_here = SCORE_ROWS.min(n_rows - row);
-            // SAFETY: each chunk has its own rows of its own token.
-            let out = unsafe { scores.slice(token * n_rows + row, n_rows_here) };
-            decode::scores(self.isa, planes, row, &quantised[token], out);
+            let mut scores = [0; SCORE_ROWS];
+            let scores = &mut scores[..SCORE_ROWS.min(n_rows - row)];
+            if n_cols > 0 {
+                decode::scores(self.isa, planes, row, &quantised[token], scores);
+            }
+            put(token, row, scores, quantised[token].scale);
         });
-        Ok(())
+        quantised.iter().map(|x| x.scale).collect()
     }
 
     /// Scores of low rank of a batch. For calibration and tests. Shapes: `x (n_tokens, n_cols)`,
@@ -506,12 +524,21 @@ impl Cpu {
             Rows::Scored { planes, thresholds } => {
                 let n_rows = planes.signs.n_rows;
                 check_thresholds(thresholds, n_rows)?;
-                let (mut scores, mut scales) = (vec![0; skip.len()], vec![0.0; n_tokens]);
-                self.scores(planes, n_tokens, x, &mut scores, &mut scales)?;
-                for (idx, (skip, score)) in skip.iter_mut().zip(scores).enumerate() {
-                    let (token, row) = (idx / n_rows, idx % n_rows);
-                    *skip = !scores::is_kept(score, thresholds.of(row), scales[token]);
+                check("skipped rows", n_tokens * n_rows, skip.len())?;
+                if skip.is_empty() {
+                    return Ok(());
                 }
+                let n_cols = x.len() / n_tokens;
+                check("scores input", n_tokens * n_cols, x.len())?;
+                check_planes(planes, n_cols)?;
+                let skip = pool::Shared::new(skip);
+                self.scored(planes, n_tokens, x, |token, row, scores, scale| {
+                    // SAFETY: each chunk has its own rows of its own token.
+                    let skip = unsafe { skip.slice(token * n_rows + row, scores.len()) };
+                    for (idx, (skip, &score)) in skip.iter_mut().zip(scores).enumerate() {
+                        *skip = !scores::is_kept(score, thresholds.of(row + idx), scale);
+                    }
+                });
             }
             Rows::LowRank { factors, thresholds } => {
                 check_thresholds(thresholds, factors.fc2.n_rows)?;
