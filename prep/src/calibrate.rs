@@ -9,8 +9,8 @@
 //! records state is what the rest misses, or for a target of divergence the last fifth where that is more, with room for
 //! other text.
 //!
-//! Sums run over tokens and neurons in order, on one thread, so that they do not depend on the number of threads; the
-//! forward pass before them is hundreds of times more work.
+//! Sums run over tokens and neurons in order, so that they do not depend on the number of threads: what is added is made on
+//! all of them, and added on one, or on one for each kind of predictor.
 //!
 //! Source of the sign rule: SparseInfer, arXiv 2411.12692; its alpha is found by search there, by these curves here.
 

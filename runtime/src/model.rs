@@ -3,10 +3,11 @@
 use std::fs::File;
 use std::io;
 use std::path::Path;
+use std::sync::OnceLock;
 
 use format_spec::{DType, FormatError, Layout, ModelConfig, PredictorKind, Section, SectionKind};
 use half::{bf16, f16};
-use kernels::{BitPlanes, Elements, LowRank, Matrix, MlpWeights, Residual, SignMatrix};
+use kernels::{BitPlanes, Cpu, Elements, LowRank, Matrix, MlpWeights, Residual, SignMatrix};
 use memmap2::Mmap;
 
 use crate::RuntimeError;
@@ -15,6 +16,9 @@ use crate::map::{map, read_at};
 #[cfg(target_endian = "big")]
 compile_error!("the weights of a .sinf file are little-endian and used in place");
 
+/// Rows of W_down that a thread takes at a time for their norms.
+const NORM_ROWS: usize = 256;
+
 /// A mapped, validated file.
 #[derive(Debug)]
 pub struct Model {
@@ -22,6 +26,8 @@ pub struct Model {
     file: File,
     layout: Layout,
     path: String,
+    /// Of all layers, once somebody asked for them.
+    down_squared_norms: OnceLock<Vec<Vec<f64>>>,
 }
 
 /// The weights of one layer, in the words of FORMAT.md.
@@ -77,7 +83,7 @@ impl Model {
             Err(error) => return Err(RuntimeError::format(&path, error)),
         };
         let map = map.expect("an empty file is not valid");
-        Ok(Self { map, file, layout, path })
+        Ok(Self { map, file, layout, path, down_squared_norms: OnceLock::new() })
     }
 
     /// Dimensions and constants.
@@ -174,14 +180,24 @@ impl Model {
         Some(bytemuck::cast_slice(section.bytes(&self.map)))
     }
 
-    /// `|W_down[:, i]|^2` for every neuron i of `layer`, `(intermediate_size,)`: what a missed row costs is
-    /// `h_i^2` times it.
-    ///
-    /// # Panics
-    /// If the model has no such layer.
-    pub fn down_squared_norms(&self, layer: usize) -> Vec<f64> {
-        let n_rows = self.config().intermediate_size as usize;
-        (0..n_rows).map(|row| self.down_squared_norm(layer, row)).collect()
+    /// `|W_down[:, i]|^2` for every neuron i of every layer, `(intermediate_size,)` each: what a missed row costs is `h_i^2`
+    /// times it. The first call reads every W_down, on the threads of `cpu`.
+    pub fn down_squared_norms(&self, cpu: &Cpu) -> &[Vec<f64>] {
+        self.down_squared_norms.get_or_init(|| {
+            let config = self.config();
+            let mut norms =
+                vec![vec![0.0; config.intermediate_size as usize]; config.num_hidden_layers as usize];
+            let rows = norms.iter_mut().enumerate().flat_map(|(layer, norms)| {
+                let rows = norms.chunks_mut(NORM_ROWS).enumerate();
+                rows.map(move |(idx, norms)| (layer, idx * NORM_ROWS, norms))
+            });
+            cpu.for_each(rows, |(layer, row0, norms)| {
+                for (idx, norm) in norms.iter_mut().enumerate() {
+                    *norm = self.down_squared_norm(layer, row0 + idx);
+                }
+            });
+            norms
+        })
     }
 
     /// `|W_down[:, row]|^2` of `layer`.

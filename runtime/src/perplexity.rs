@@ -11,6 +11,7 @@
 //! Sums are f64. Logits are held for one batch at a time, never for a window.
 
 use format_spec::calibration::{alpha_from_limit, limit_from_alpha};
+use kernels::Cpu;
 use serde::Serialize;
 
 use crate::stats::ratio;
@@ -163,7 +164,7 @@ pub fn perplexity(
         return Err(RuntimeError::TokenId { id, vocab_size: config.vocab_size }.into());
     }
     let n_batch = options.n_batch.max(1);
-    let mut observer = RowObserver::new(session.model());
+    let mut observer = RowObserver::new(session);
     let mut own = Likelihood::default();
     let mut reference = Likelihood::default();
     let mut distance = Distance::default();
@@ -195,7 +196,7 @@ pub fn perplexity(
             let pairs = dense_logits.chunks_exact(vocab_size).zip(logits.chunks_exact(vocab_size));
             for ((dense_logits, logits), &target) in pairs.zip(targets) {
                 reference.add(dense_logits, target);
-                distance.add(dense_logits, logits);
+                distance.add(Separation::new(dense_logits, logits));
             }
         }
         nll_per_window.push(ratio(own.sum_nll - before.sum_nll, (own.n_tokens - before.n_tokens) as f64));
@@ -224,10 +225,15 @@ pub struct Likelihood {
 impl Likelihood {
     /// Adds the token `target` under `logits` and returns its negative log likelihood.
     pub fn add(&mut self, logits: &[f32], target: u32) -> f64 {
-        let nll = log_sum_exp(logits) - f64::from(logits[target as usize]);
+        let nll = negative_log_likelihood(logits, target);
+        self.add_token(nll);
+        nll
+    }
+
+    /// Adds a token of this negative log likelihood.
+    pub fn add_token(&mut self, nll: f64) {
         self.sum_nll += nll;
         self.n_tokens += 1;
-        nll
     }
 
     /// Mean over the tokens added, in nats.
@@ -245,9 +251,18 @@ pub struct Distance {
     n_positions: u64,
 }
 
-impl Distance {
-    /// Adds the distributions of one position and returns their divergence.
-    pub fn add(&mut self, dense: &[f32], predicted: &[f32]) -> f64 {
+/// What separates two runs at one position.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Separation {
+    /// KL(dense || predicted), in nats.
+    pub kl: f64,
+    /// The most probable token is the same.
+    pub same_top: bool,
+}
+
+impl Separation {
+    /// Of the distributions that these logits, `(vocab_size,)` each, make.
+    pub fn new(dense: &[f32], predicted: &[f32]) -> Self {
         let (lse_dense, lse_predicted) = (log_sum_exp(dense), log_sum_exp(predicted));
         let kl: f64 = dense
             .iter()
@@ -259,12 +274,17 @@ impl Distance {
             })
             .sum();
         // Rounding may give a divergence of equal distributions a tiny negative value.
-        let kl = kl.max(0.0);
-        self.sum_kl += kl;
-        self.max_kl = self.max_kl.max(kl);
-        self.n_same_top += u64::from(top(dense) == top(predicted));
+        Self { kl: kl.max(0.0), same_top: top(dense) == top(predicted) }
+    }
+}
+
+impl Distance {
+    /// Adds a position.
+    pub fn add(&mut self, position: Separation) {
+        self.sum_kl += position.kl;
+        self.max_kl = self.max_kl.max(position.kl);
+        self.n_same_top += u64::from(position.same_top);
         self.n_positions += 1;
-        kl
     }
 
     /// What the positions added come to; `reference` holds the dense run's likelihood.
@@ -279,13 +299,26 @@ impl Distance {
     }
 }
 
-/// Counts rows and energy by layer.
+/// Counts rows and energy by layer. Counts are made on several threads, and energies added in the order of tokens and rows,
+/// so that sums do not depend on the threads.
 #[derive(Debug)]
-pub struct RowObserver {
-    activation: kernels::Activation,
-    /// `|W_down[:, i]|^2` by layer.
-    squared_norms: Vec<Vec<f64>>,
+pub struct RowObserver<'m> {
+    model: &'m Model,
+    cpu: Cpu,
     counts: Vec<RowCounts>,
+    parts: Vec<Part>,
+}
+
+/// Tokens that a thread counts at a time.
+const PART_TOKENS: usize = 8;
+
+/// What some tokens have.
+#[derive(Clone, Debug, Default)]
+struct Part {
+    /// But for the energies.
+    counts: RowCounts,
+    /// Of each active row, and whether it is left out.
+    energies: Vec<(f64, bool)>,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -298,15 +331,12 @@ struct RowCounts {
     missed_energy: f64,
 }
 
-impl RowObserver {
-    /// For a run of `model`.
-    pub fn new(model: &Model) -> Self {
+impl<'m> RowObserver<'m> {
+    /// For runs of the model of `session`, on as many threads.
+    pub fn new(session: &Session<'m>) -> Self {
+        let (model, cpu) = (session.model(), Cpu::new(session.n_threads()));
         let n_layers = model.config().num_hidden_layers as usize;
-        Self {
-            activation: model.activation(),
-            squared_norms: (0..n_layers).map(|layer| model.down_squared_norms(layer)).collect(),
-            counts: vec![RowCounts::default(); n_layers],
-        }
+        Self { model, cpu, counts: vec![RowCounts::default(); n_layers], parts: Vec::new() }
     }
 
     /// What was counted; `alpha_scale` is that of the session's mode.
@@ -329,20 +359,31 @@ impl RowObserver {
     }
 }
 
-impl MlpObserver for RowObserver {
+impl MlpObserver for RowObserver<'_> {
     fn mlp(&mut self, batch: &MlpBatch<'_>) {
-        let squared_norms = &self.squared_norms[batch.layer];
-        let intermediate_size = squared_norms.len();
+        let squared_norms = &self.model.down_squared_norms(&self.cpu)[batch.layer];
+        let activation = self.model.activation();
+        let n_rows = squared_norms.len();
+        self.parts.resize_with(batch.n_tokens.div_ceil(PART_TOKENS), Part::default);
+        self.cpu.for_each(self.parts.iter_mut().enumerate(), |(idx, part)| {
+            part.clear();
+            for token in idx * PART_TOKENS..batch.n_tokens.min((idx + 1) * PART_TOKENS) {
+                let rows = token * n_rows..(token + 1) * n_rows;
+                let skip = batch.skip.get(rows.clone()).unwrap_or(&[]);
+                part.add(&batch.gate[rows.clone()], &batch.h[rows], skip, squared_norms, activation);
+            }
+        });
         let counts = &mut self.counts[batch.layer];
-        for token in 0..batch.n_tokens {
-            let rows = token * intermediate_size..(token + 1) * intermediate_size;
-            let skip = batch.skip.get(rows.clone()).unwrap_or(&[]);
-            counts.add(&batch.gate[rows.clone()], &batch.h[rows], skip, squared_norms, self.activation);
-        }
+        self.parts.iter().for_each(|part| counts.add(part));
     }
 }
 
-impl RowCounts {
+impl Part {
+    fn clear(&mut self) {
+        self.counts = RowCounts::default();
+        self.energies.clear();
+    }
+
     /// Adds one token; all slices are `(intermediate_size,)`, `skip` is empty where nothing is left out.
     fn add(
         &mut self,
@@ -352,16 +393,31 @@ impl RowCounts {
         squared_norms: &[f64],
         activation: kernels::Activation,
     ) {
+        let counts = &mut self.counts;
         for (row, ((&gate, &h), squared_norm)) in gate.iter().zip(h).zip(squared_norms).enumerate() {
             let kept = !skip.get(row).copied().unwrap_or(false);
             let active = activation.apply(gate) != 0.0;
-            self.n_pairs += 1;
-            self.n_kept += u64::from(kept);
-            self.n_active += u64::from(active);
-            self.n_active_kept += u64::from(active && kept);
-            let energy = f64::from(h).powi(2) * squared_norm;
+            counts.n_pairs += 1;
+            counts.n_kept += u64::from(kept);
+            counts.n_active += u64::from(active);
+            counts.n_active_kept += u64::from(active && kept);
+            // Zeros add nothing.
+            if h != 0.0 {
+                self.energies.push((f64::from(h).powi(2) * squared_norm, !kept));
+            }
+        }
+    }
+}
+
+impl RowCounts {
+    fn add(&mut self, part: &Part) {
+        self.n_pairs += part.counts.n_pairs;
+        self.n_kept += part.counts.n_kept;
+        self.n_active += part.counts.n_active;
+        self.n_active_kept += part.counts.n_active_kept;
+        for &(energy, is_missed) in &part.energies {
             self.energy += energy;
-            if !kept {
+            if is_missed {
                 self.missed_energy += energy;
             }
         }
@@ -380,6 +436,11 @@ impl RowCounts {
             alpha,
         }
     }
+}
+
+/// Negative log likelihood of the token `target` under `logits (vocab_size,)`, in nats.
+pub fn negative_log_likelihood(logits: &[f32], target: u32) -> f64 {
+    log_sum_exp(logits) - f64::from(logits[target as usize])
 }
 
 /// `log sum_i exp(logits_i)`.
@@ -427,11 +488,11 @@ mod tests {
     fn the_divergence_is_the_one_of_the_definition() {
         let mut distance = Distance::default();
         let (p, q) = ([0.5, 0.25, 0.25], [0.25, 0.5, 0.25]);
-        distance.add(&logits_of(&p), &logits_of(&q));
+        distance.add(Separation::new(&logits_of(&p), &logits_of(&q)));
         // 0.5 ln 2 - 0.25 ln 2.
         assert!((distance.sum_kl - 0.25 * 2.0_f64.ln()).abs() < 1e-6, "{distance:?}");
         assert_eq!(distance.n_same_top, 0);
-        distance.add(&logits_of(&p), &logits_of(&p));
+        distance.add(Separation::new(&logits_of(&p), &logits_of(&p)));
         let divergence = distance.divergence(&Likelihood { sum_nll: 0.0, n_tokens: 2 });
         assert!((divergence.kl_mean - 0.125 * 2.0_f64.ln()).abs() < 1e-6);
         assert!((divergence.kl_max - 0.25 * 2.0_f64.ln()).abs() < 1e-6);
@@ -441,15 +502,16 @@ mod tests {
 
     #[test]
     fn rows_and_energy_are_counted_by_hand() {
-        let mut counts = RowCounts::default();
+        let (mut counts, mut part) = (RowCounts::default(), Part::default());
         // Active: rows 0, 2 and 3. Left out: rows 1 and 3. Energies: 4 * 1, 0, 1 * 8, 1 * 4.
-        counts.add(
+        part.add(
             &[1.0, -1.0, 0.5, 2.0],
             &[2.0, 0.0, -1.0, 1.0],
             &[false, true, false, true],
             &[1.0, 100.0, 8.0, 4.0],
             kernels::Activation::Relu,
         );
+        counts.add(&part);
         let quality = counts.quality("sign", Some(3.0), Some(1.5));
         assert_close(quality.rows_kept, 0.5);
         assert_close(quality.rows_active, 0.75);
@@ -458,7 +520,9 @@ mod tests {
         assert_eq!((quality.limit, quality.alpha), (Some(3.0), Some(1.5)));
 
         let mut counts = RowCounts::default();
-        counts.add(&[-1.0], &[0.0], &[], &[1.0], kernels::Activation::Relu);
+        part.clear();
+        part.add(&[-1.0], &[0.0], &[], &[1.0], kernels::Activation::Relu);
+        counts.add(&part);
         let quality = counts.quality("off", None, None);
         assert_close(quality.rows_kept, 1.0);
         assert_close(quality.recall, 1.0);

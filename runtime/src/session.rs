@@ -131,6 +131,7 @@ pub struct Session<'m> {
     n_positions: usize,
     n_positions_max: usize,
     n_batch_max: usize,
+    n_threads: usize,
     limits: Vec<Option<f32>>,
     /// In place of the stored limits and thresholds, one for each layer.
     budget: Option<Vec<f32>>,
@@ -185,6 +186,7 @@ impl<'m> Session<'m> {
             n_positions: 0,
             n_positions_max: options.n_positions_max,
             n_batch_max: options.n_batch_max,
+            n_threads: options.n_threads,
             limits: Vec::new(),
             budget: None,
             has_own_predictors: false,
@@ -196,6 +198,11 @@ impl<'m> Session<'m> {
         session.set_mode(options.mode, options.alpha_scale)?;
         session.reset_usage();
         Ok(session)
+    }
+
+    /// Threads that the session was made for; 0 is one for each available core.
+    pub fn n_threads(&self) -> usize {
+        self.n_threads
     }
 
     /// The model.

@@ -50,7 +50,7 @@ fn session<'m>(model: &'m Model, audit: Option<AuditOptions>) -> Session<'m> {
 
 /// What a full count of masked batches of 256 tokens says.
 fn count(session: &mut Session<'_>, tokens: &[u32]) -> Vec<LayerQuality> {
-    let mut observer = RowObserver::new(session.model());
+    let mut observer = RowObserver::new(session);
     for window in tokens.chunks_exact(256) {
         session.reset();
         session.forward_batch(window, true, None, Some(&mut observer)).expect("a batch");

@@ -93,7 +93,7 @@ impl<'m> Fit<'m> {
             }
         }
         let reference = Reference::new(session, &windows.fit, Some(&mut observer), progress)?;
-        let energy = |sums: &LayerSums| sums.histograms[0].1.energy();
+        let energy = |sums: &LayerSums| sums.kinds[0].histogram.energy();
         if let Some(layer) = observer.layers.iter().position(|sums| !energy(sums).is_finite()) {
             return Err(PrepError::NotFinite { layer: layer as u32 });
         }
@@ -161,36 +161,40 @@ struct Observer<'m> {
     cpu: Cpu,
     n_prefix: usize,
     layers: Vec<LayerSums>,
+    /// Of a token in 8 bits of x.
     scores: Vec<i32>,
     scales: Vec<f32>,
 }
 
 struct LayerSums {
-    /// `|W_down[:, i]|^2`.
-    squared_norms: Vec<f64>,
-    histograms: Vec<(Kind, Histogram)>,
+    kinds: Vec<KindSums>,
     low: HashMap<Kind, LowPlanes>,
-    /// From the first window.
-    offsets: HashMap<Kind, Vec<f32>>,
     factors: HashMap<Kind, Factors>,
+}
+
+/// What one kind's limits would do.
+struct KindSums {
+    kind: Kind,
+    histogram: Histogram,
+    /// From the first window, of kinds with scores.
+    offsets: Option<Vec<f32>>,
 }
 
 impl<'m> Observer<'m> {
     fn new(model: &'m Model, n_prefix: usize, kinds: &[Kind], n_threads: usize) -> Self {
-        let layer = |layer| {
-            let histogram = |&kind| match kind {
+        let of_kind = |&kind: &Kind| {
+            let histogram = match kind {
                 // Without a limit, what is active does not depend on the bin.
-                Kind::Exact => (kind, Histogram::new(0)),
-                Kind::Sign => (kind, Histogram::new(model.config().hidden_size)),
-                _ => (kind, Histogram::of_scores()),
+                Kind::Exact => Histogram::new(0),
+                Kind::Sign => Histogram::new(model.config().hidden_size),
+                _ => Histogram::of_scores(),
             };
-            LayerSums {
-                squared_norms: model.down_squared_norms(layer),
-                histograms: kinds.iter().map(histogram).collect(),
-                low: HashMap::new(),
-                offsets: HashMap::new(),
-                factors: HashMap::new(),
-            }
+            KindSums { kind, histogram, offsets: None }
+        };
+        let layer = |_| LayerSums {
+            kinds: kinds.iter().map(of_kind).collect(),
+            low: HashMap::new(),
+            factors: HashMap::new(),
         };
         Self {
             model,
@@ -242,58 +246,75 @@ impl<'m> Observer<'m> {
 
 impl MlpObserver for Observer<'_> {
     fn wants_n_neg(&self) -> bool {
-        self.layers[0].histograms.iter().any(|(kind, _)| *kind == Kind::Sign)
+        self.layers[0].kinds.iter().any(|sums| sums.kind == Kind::Sign)
     }
 
     fn mlp(&mut self, batch: &MlpBatch<'_>) {
-        let n_rows = self.layers[batch.layer].squared_norms.len();
-        let rows = |token: usize| token * n_rows..(token + 1) * n_rows;
-        let activation = self.model.activation();
-        let kinds: Vec<Kind> = self.layers[batch.layer].histograms.iter().map(|(kind, _)| *kind).collect();
-        for (idx, kind) in kinds.into_iter().enumerate() {
-            let scores = if kind.has_score() { self.scores(kind, batch) } else { Vec::new() };
-            let LayerSums { squared_norms, histograms, offsets, factors, .. } = &mut self.layers[batch.layer];
-            let histogram = &mut histograms[idx].1;
-            if kind.has_score() {
-                offsets.entry(kind).or_insert_with(|| {
-                    let mut lines = RowLines::new(n_rows);
-                    for rows in (self.n_prefix..batch.n_tokens).map(rows) {
-                        if !scores[rows.start].is_nan() {
-                            let (gate, h) = (&batch.gate[rows.clone()], &batch.h[rows.clone()]);
-                            lines.add_token(scores[rows].iter().copied(), gate, h, squared_norms);
-                        }
-                    }
-                    let mut offsets = lines.offsets(squared_norms, threshold_of(activation));
-                    if let Some(factors) = factors.get(&kind) {
-                        // A bias is on the other side of the comparison.
-                        offsets.iter_mut().zip(&factors.bias).for_each(|(offset, bias)| *offset -= bias);
-                    }
-                    offsets
-                });
+        let of_kinds: Vec<Kind> = self.layers[batch.layer].kinds.iter().map(|sums| sums.kind).collect();
+        let scores: Vec<Vec<f32>> = of_kinds
+            .into_iter()
+            .map(|kind| if kind.has_score() { self.scores(kind, batch) } else { Vec::new() })
+            .collect();
+        let squared_norms = &self.model.down_squared_norms(&self.cpu)[batch.layer];
+        let (n_prefix, activation) = (self.n_prefix, self.model.activation());
+        let LayerSums { kinds, factors, .. } = &mut self.layers[batch.layer];
+        // Sums have an order, but kinds none.
+        self.cpu.for_each(kinds.iter_mut().zip(&scores), |(sums, scores)| {
+            let factors = factors.get(&sums.kind);
+            sums.add(batch, n_prefix, scores, factors, squared_norms, activation);
+        });
+    }
+}
+
+impl KindSums {
+    /// Adds the tokens of `batch` from `n_prefix` on, whose scores, of a kind that has some, are
+    /// `(n_tokens, intermediate_size)`.
+    fn add(
+        &mut self,
+        batch: &MlpBatch<'_>,
+        n_prefix: usize,
+        scores: &[f32],
+        factors: Option<&Factors>,
+        squared_norms: &[f64],
+        activation: kernels::Activation,
+    ) {
+        let n_rows = squared_norms.len();
+        let tokens = (n_prefix..batch.n_tokens).map(|token| token * n_rows..(token + 1) * n_rows);
+        if self.kind.has_score() && self.offsets.is_none() {
+            let mut lines = RowLines::new(n_rows);
+            for rows in tokens.clone().filter(|rows| !scores[rows.start].is_nan()) {
+                let (gate, h) = (&batch.gate[rows.clone()], &batch.h[rows.clone()]);
+                lines.add_token(scores[rows].iter().copied(), gate, h, squared_norms);
             }
-            let none = Vec::new();
-            let bias = factors.get(&kind).map_or(&none, |factors| &factors.bias);
-            for token in self.n_prefix..batch.n_tokens {
-                let rows = rows(token);
-                let activity = Activity {
-                    gate: &batch.gate[rows.clone()],
-                    h: &batch.h[rows.clone()],
-                    squared_norms,
-                    activation,
-                };
-                match kind {
-                    Kind::Exact => histogram.add_token(std::iter::repeat_n(0, n_rows), &activity),
-                    Kind::Sign => histogram.add_token(batch.n_neg[rows].iter().copied(), &activity),
-                    _ => {
-                        let bias = bias.iter().copied().chain(std::iter::repeat(0.0));
-                        let scores = scores[rows].iter().zip(&offsets[&kind]).zip(bias);
-                        // A row without a score is kept.
-                        let bin = |((score, offset), bias): ((&f32, &f32), f32)| match score.is_nan() {
-                            true => 0,
-                            false => bin_of_score(score - bias - offset),
-                        };
-                        histogram.add_token(scores.map(bin), &activity);
-                    }
+            let mut offsets = lines.offsets(squared_norms, threshold_of(activation));
+            if let Some(factors) = factors {
+                // A bias is on the other side of the comparison.
+                offsets.iter_mut().zip(&factors.bias).for_each(|(offset, bias)| *offset -= bias);
+            }
+            self.offsets = Some(offsets);
+        }
+        let Self { kind, histogram, offsets } = self;
+        let offsets = offsets.as_deref().unwrap_or_default();
+        let bias: &[f32] = factors.map_or(&[], |factors| &factors.bias);
+        for rows in tokens {
+            let activity = Activity {
+                gate: &batch.gate[rows.clone()],
+                h: &batch.h[rows.clone()],
+                squared_norms,
+                activation,
+            };
+            match kind {
+                Kind::Exact => histogram.add_token(std::iter::repeat_n(0, n_rows), &activity),
+                Kind::Sign => histogram.add_token(batch.n_neg[rows].iter().copied(), &activity),
+                _ => {
+                    let bias = bias.iter().copied().chain(std::iter::repeat(0.0));
+                    let scores = scores[rows].iter().zip(offsets).zip(bias);
+                    // A row without a score is kept.
+                    let bin = |((score, offset), bias): ((&f32, &f32), f32)| match score.is_nan() {
+                        true => 0,
+                        false => bin_of_score(score - bias - offset),
+                    };
+                    histogram.add_token(scores.map(bin), &activity);
                 }
             }
         }
@@ -304,32 +325,35 @@ impl Observer<'_> {
     /// Scores of `kind`, `(n_tokens, intermediate_size)`, in units of the input and with their bias; NaN where a token has
     /// none.
     fn scores(&mut self, kind: Kind, batch: &MlpBatch<'_>) -> Vec<f32> {
-        let LayerSums { squared_norms, low, factors, .. } = &self.layers[batch.layer];
+        let LayerSums { low, factors, .. } = &self.layers[batch.layer];
         if let Some(factors) = factors.get(&kind) {
             return factors.scores(&self.cpu, batch.n_tokens, batch.x);
         }
-        let n_rows = squared_norms.len();
+        let n_rows = batch.gate.len() / batch.n_tokens;
         let planes = planes_of(self.model, batch.layer, low.get(&kind));
         self.scores.resize(batch.n_tokens * n_rows, 0);
         self.scales.resize(batch.n_tokens, 0.0);
-        let (scores, scales) = (&mut self.scores, &mut self.scales);
-        let result = self.cpu.scores(&planes, batch.n_tokens, batch.x, scores, scales);
+        let result = self.cpu.scores(&planes, batch.n_tokens, batch.x, &mut self.scores, &mut self.scales);
         result.expect("the planes are of this layer");
-        let of_token = |(scores, &scale): (&[i32], &f32)| -> Vec<f32> {
-            let in_units = |&score: &i32| if scale > 0.0 { score as f32 / scale } else { f32::NAN };
-            scores.iter().map(in_units).collect()
-        };
-        self.scores.chunks_exact(n_rows).zip(&self.scales).flat_map(of_token).collect()
+        let mut in_units = vec![0.0; self.scores.len()];
+        let tokens =
+            in_units.chunks_exact_mut(n_rows).zip(self.scores.chunks_exact(n_rows)).zip(&self.scales);
+        self.cpu.for_each(tokens, |((in_units, scores), &scale)| {
+            for (in_units, &score) in in_units.iter_mut().zip(scores) {
+                *in_units = if scale > 0.0 { score as f32 / scale } else { f32::NAN };
+            }
+        });
+        in_units
     }
 }
 
 impl LayerSums {
     fn finish(self) -> LayerFit {
         LayerFit {
-            rows_active: self.histograms[0].1.rows_active(),
-            curves: self.histograms.iter().map(|(kind, histogram)| (*kind, histogram.steps())).collect(),
+            rows_active: self.kinds[0].histogram.rows_active(),
+            curves: self.kinds.iter().map(|sums| (sums.kind, sums.histogram.steps())).collect(),
+            offsets: self.kinds.into_iter().filter_map(|sums| Some((sums.kind, sums.offsets?))).collect(),
             low: self.low,
-            offsets: self.offsets,
             factors: self.factors,
         }
     }

@@ -1,7 +1,9 @@
 //! A masked pass against the dense one, position by position.
 
 use kernels::{Cpu, Limits, Rows, Thresholds};
-use runtime::perplexity::{Distance, LayerQuality, Likelihood, RowObserver};
+use runtime::perplexity::{
+    Distance, LayerQuality, Likelihood, RowObserver, Separation, negative_log_likelihood,
+};
 use runtime::{LayerPrediction, MlpBatch, MlpObserver, PredictionLimit, Session};
 
 use super::{Factors, Fit, Kind, Setting};
@@ -68,6 +70,7 @@ impl Reference {
         progress: &Progress,
     ) -> Result<Self, PrepError> {
         let vocab_size = session.model().config().vocab_size as usize;
+        let cpu = Cpu::new(session.n_threads());
         let (mut kept, mut likelihood) = (Vec::new(), Likelihood::default());
         let (mut logits, mut of_window) = (Vec::new(), Vec::new());
         for window in windows {
@@ -81,9 +84,12 @@ impl Reference {
             let observer = observer.as_mut().map(|observer| &mut **observer as &mut dyn MlpObserver);
             session.forward_batch(window, false, keeps.then_some(&mut of_window), observer)?;
             if keeps {
-                for (logits, &target) in of_window.chunks_exact(vocab_size).zip(&window[1..]) {
-                    likelihood.add(logits, target);
-                }
+                let mut nlls = vec![0.0; window.len() - 1];
+                let positions = of_window.chunks_exact(vocab_size).zip(&window[1..]);
+                cpu.for_each(nlls.iter_mut().zip(positions), |(nll, (logits, &target))| {
+                    *nll = negative_log_likelihood(logits, target);
+                });
+                nlls.into_iter().for_each(|nll| likelihood.add_token(nll));
                 // The last position predicts nothing of this window.
                 logits.extend_from_slice(&of_window[..n_kept]);
                 kept.push(window.clone());
@@ -111,8 +117,8 @@ pub(crate) fn measure(
 ) -> Result<Measured, PrepError> {
     let vocab_size = reference.vocab_size;
     let n_layers = session.model().config().num_hidden_layers as usize;
-    let mut observer =
-        Observer { masking, n_layers, cpu: Cpu::new(0), rows: RowObserver::new(session.model()) };
+    let cpu = Cpu::new(session.n_threads());
+    let mut observer = Observer { masking, n_layers, cpu: &cpu, rows: RowObserver::new(session) };
     let mut distance = Distance::default();
     let (mut own, mut dense_likelihood) = (Likelihood::default(), Likelihood::default());
     let mut divergences = Vec::with_capacity(reference.n_tokens());
@@ -125,15 +131,23 @@ pub(crate) fn measure(
         session.reset();
         let is_masked = !matches!(masking, Masking::Dense);
         session.forward_batch(inputs, is_masked, Some(&mut logits), Some(&mut observer))?;
-        let positions = logits.chunks_exact(vocab_size).zip(&mut dense).zip(targets);
-        for (position, ((logits, dense), &target)) in positions.enumerate() {
-            own.add(logits, target);
-            dense_likelihood.add(dense, target);
-            let divergence = distance.add(dense, logits);
-            let (sum, n) = &mut residues[position % n_layers];
-            *sum += divergence;
+        let mut positions = vec![Position::default(); targets.len()];
+        let of_both = logits.chunks_exact(vocab_size).zip(dense.by_ref().take(targets.len())).zip(targets);
+        cpu.for_each(positions.iter_mut().zip(of_both), |(position, ((logits, dense), &target))| {
+            *position = Position {
+                nll: negative_log_likelihood(logits, target),
+                dense_nll: negative_log_likelihood(dense, target),
+                separation: Separation::new(dense, logits),
+            };
+        });
+        for (idx, position) in positions.iter().enumerate() {
+            own.add_token(position.nll);
+            dense_likelihood.add_token(position.dense_nll);
+            distance.add(position.separation);
+            let (sum, n) = &mut residues[idx % n_layers];
+            *sum += position.separation.kl;
             *n += 1.0;
-            divergences.push(divergence);
+            divergences.push(position.separation.kl);
         }
         progress.check()?;
     }
@@ -171,14 +185,22 @@ fn thresholds(threshold: f32, offsets: &[f32]) -> Vec<f32> {
     offsets.iter().map(|offset| threshold + offset).collect()
 }
 
-struct Observer<'a> {
-    masking: &'a Masking<'a>,
-    n_layers: usize,
-    cpu: Cpu,
-    rows: RowObserver,
+/// What both runs make of one position.
+#[derive(Clone, Copy, Debug, Default)]
+struct Position {
+    nll: f64,
+    dense_nll: f64,
+    separation: Separation,
 }
 
-impl MlpObserver for Observer<'_> {
+struct Observer<'a, 'm> {
+    masking: &'a Masking<'a>,
+    n_layers: usize,
+    cpu: &'a Cpu,
+    rows: RowObserver<'m>,
+}
+
+impl MlpObserver for Observer<'_, '_> {
     fn mask(&mut self, layer: usize, n_tokens: usize, x: &[f32], skip: &mut [bool]) -> bool {
         let (fit, setting) = match self.masking {
             Masking::Dense | Masking::Stored => return false,

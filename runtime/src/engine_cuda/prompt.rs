@@ -534,13 +534,17 @@ impl Copies {
         state.device.read(x, &mut self.x[..n_x])?;
         state.device.read(gate_up.data, &mut self.gate_up[..2 * n_h])?;
         self.cpu.rmsnorm(&self.x[..n_x], w.mlp_norm, state.eps, normed)?;
-        let rows = gate.chunks_exact_mut(w.mlp.gate.n_rows).zip(h.chunks_exact_mut(w.mlp.gate.n_rows));
-        for (token, (gate, h)) in rows.enumerate() {
-            gate.copy_from_slice(gate_up.row_of(&self.gate_up, 0, token));
-            for ((h, &gate), up) in h.iter_mut().zip(&*gate).zip(gate_up.row_of(&self.gate_up, 1, token)) {
-                *h = state.activation.apply(gate) * up;
+        let (n_rows, activation) = (w.mlp.gate.n_rows, state.activation);
+        let of_token = |token| [0, 1].map(|i| gate_up.row_of(&self.gate_up, i, token));
+        // What a product is on the device does not go to other threads.
+        let copies: Vec<[&[f32]; 2]> = (0..n_tokens).map(of_token).collect();
+        let tokens = gate.chunks_exact_mut(n_rows).zip(h.chunks_exact_mut(n_rows)).zip(&copies);
+        self.cpu.for_each(tokens, |((gate, h), [gate_copy, up])| {
+            gate.copy_from_slice(gate_copy);
+            for ((h, &gate), up) in h.iter_mut().zip(&*gate).zip(*up) {
+                *h = activation.apply(gate) * up;
             }
-        }
+        });
         let n_neg: &[u32] = match &w.signs() {
             Some(signs) if observer.wants_n_neg() => {
                 self.cpu.n_neg(signs, n_tokens, normed, &mut self.n_neg[..n_h])?;
@@ -551,15 +555,17 @@ impl Copies {
         let (skipped, skip_rows) = (&mut self.skipped[..n_h], &mut self.skip[..n_h]);
         let has_own_mask = observer.mask(layer, n_tokens, normed, skip_rows);
         if has_own_mask {
-            for (skipped, &skip) in skipped.iter_mut().zip(&*skip_rows) {
-                *skipped = skip.into();
-            }
+            let tokens = skipped.chunks_exact_mut(n_rows).zip(skip_rows.chunks_exact(n_rows));
+            self.cpu.for_each(tokens, |(skipped, skip)| {
+                skipped.iter_mut().zip(skip).for_each(|(skipped, &skip)| *skipped = skip.into());
+            });
             state.device.write(own_skip, skipped)?;
         } else if let Some(skip) = skip {
             state.device.read(skip, skipped)?;
-            for (skip, &skipped) in skip_rows.iter_mut().zip(&*skipped) {
-                *skip = skipped != 0;
-            }
+            let tokens = skip_rows.chunks_exact_mut(n_rows).zip(skipped.chunks_exact(n_rows));
+            self.cpu.for_each(tokens, |(skip, skipped)| {
+                skip.iter_mut().zip(skipped).for_each(|(skip, &skipped)| *skip = skipped != 0);
+            });
         }
         let skip: &[bool] = if has_own_mask || skip.is_some() { skip_rows } else { &[] };
         observer.mlp(&MlpBatch { layer, n_tokens, x: normed, gate, h, n_neg, skip });
