@@ -8,6 +8,8 @@ mod gemm;
 mod lanes;
 mod low_rank;
 mod pool;
+#[cfg(target_arch = "x86_64")]
+mod score_batch;
 mod scores;
 mod signs;
 
@@ -462,6 +464,18 @@ impl Cpu {
         // Without columns there are no chunks of q, and sums are empty.
         let none = scores::Quantised { q: &[], scale: 0.0, total: 0 };
         let quantised: Vec<_> = quantised.into_iter().map(|x| x.unwrap_or(none)).collect();
+        #[cfg(target_arch = "x86_64")]
+        if self.isa == Isa::Avx512 && n_tokens >= SCORE_TOKENS_MIN && n_cols > 0 {
+            let x = score_batch::Biased::new(quantised.iter().map(|x| x.q), q_len);
+            self.pool.run(n_rows.div_ceil(score_batch::ROWS), &|chunk| {
+                let row = chunk * score_batch::ROWS;
+                let n_rows = score_batch::ROWS.min(n_rows - row);
+                let put = |token: usize, scores: &[i32]| put(token, row, scores, quantised[token].scale);
+                // SAFETY: `Cpu` has an instruction set only if the processor has it.
+                unsafe { score_batch::scores(planes, row, n_rows, &x, put) };
+            });
+            return quantised.iter().map(|x| x.scale).collect();
+        }
         let n_row_chunks = n_rows.div_ceil(SCORE_ROWS);
         self.pool.run(n_tokens * n_row_chunks, &|chunk| {
             // Tokens are inside, so that a chunk's planes stay in cache.
@@ -568,6 +582,9 @@ impl Cpu {
 const TOKENS: usize = 8;
 /// Rows in a chunk of [`Cpu::n_neg`].
 const N_NEG_ROWS: usize = 512;
+/// Inputs from which on rows are worth making into numbers for [`Cpu::scores`].
+#[cfg(target_arch = "x86_64")]
+const SCORE_TOKENS_MIN: usize = 8;
 /// Rows in a chunk of [`Cpu::scores`].
 const SCORE_ROWS: usize = 256;
 

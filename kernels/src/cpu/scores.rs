@@ -9,6 +9,7 @@
 //! Lanes      AVX-512: 64 columns, a plane's bits as the mask of a load, VPDPBUSD adds four products to a lane;
 //!            AVX2: 32 columns, bits spread to bytes, VPMADDUBSW adds two products to 16 bits; else bytes by a table
 //! Tail       AVX-512: the last odd word as a mask of 32; else none, words are whole
+//! Many       inputs at once on AVX-512 go through `score_batch`
 
 #[cfg(target_arch = "x86_64")]
 use super::lanes::{Avx2, Avx512};
