@@ -174,7 +174,7 @@ impl Device {
     }
 
     /// What [`Device::prefill_skip_low_rank`] gives for one token, in one kernel where rows are whole pieces of 16
-    /// bytes.
+    /// bytes and the sums of a block fit shared memory.
     ///
     /// # Errors
     /// As there; [`CudaError::Shape`] for more tokens or a rank above that of `scratch`.
@@ -196,11 +196,12 @@ impl Device {
         let n_words = n_cols.div_ceil(WARP);
         let whole = rank.is_multiple_of(8) && (call.factors.residual.is_none() || n_words.is_multiple_of(4));
         // The scout reads x in place of a row of the second factor.
-        if !whole || rank > 2 * n_cols {
+        let takes = whole && rank <= 2 * n_cols;
+        let (true, Ok(shared_bytes)) = (takes, self.check_shared((2 * rank + sums) * size_of::<f32>()))
+        else {
             return self
                 .prefill_skip_low_rank(call, scratch.products.view().slice(0, rank * size_of::<f32>()));
-        }
-        let shared_bytes = self.check_shared((2 * rank + sums) * size_of::<f32>())?;
+        };
         let [planes, x_scale] = call.quantised_addresses();
         let args = PredictLowRankArgs {
             factors: rows.factors,
