@@ -813,9 +813,8 @@ fn main() -> Result<(), CudaError> {
     let keeps = Some(values("--keep")).filter(|keeps| !keeps.is_empty()).unwrap_or_else(|| vec![0.2]);
     let named = args.windows(2).filter(|pair| pair[0] == "--predictor").map(|pair| {
         let known = Predictor::ALL.into_iter().find(|(name, _)| *name == pair[1]);
-        known
-            .unwrap_or_else(|| panic!("--predictor takes a name in the head of this file, not {}", pair[1]))
-            .1
+        let names = || Predictor::ALL.map(|(name, _)| name).join(", ");
+        known.unwrap_or_else(|| panic!("--predictor takes one of {}, not {}", names(), pair[1])).1
     });
     let mut predictors: Vec<Predictor> = named.collect();
     if predictors.is_empty() {
