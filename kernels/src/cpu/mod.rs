@@ -15,13 +15,13 @@ mod signs;
 
 pub use descend::{Moments, Sweeps};
 
+use std::sync::{Mutex, PoisonError};
+
 use crate::shape::check;
 use crate::{
     Activation, AttentionShape, BitPlanes, Elements, Limits, LowRank, Matrix, Matvec, MlpAudit, MlpCounts,
     MlpWeights, PLANES_MAX, Residual, Rows, ShapeError, SignMatrix, Thresholds,
 };
-
-use std::sync::{Mutex, PoisonError};
 
 /// Instruction set of the vector paths.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -432,28 +432,27 @@ impl Cpu {
         if n_tokens == 0 || n_rows == 0 {
             return Ok(());
         }
-        let n_cols = x.len() / n_tokens;
-        check("scores input", n_tokens * n_cols, x.len())?;
-        check_planes(planes, n_cols)?;
         let shared = pool::Shared::new(scores);
         let found_scales = self.scored(planes, n_tokens, x, |token, row, scores, _| {
             // SAFETY: each chunk has its own rows of its own token.
             unsafe { shared.slice(token * n_rows + row, scores.len()) }.copy_from_slice(scores);
-        });
+        })?;
         scales.copy_from_slice(&found_scales);
         Ok(())
     }
 
     /// Calls `put` with a token, the first of some rows, their scores and the token's scale, for all of `planes` in any
-    /// order and on any thread. Returns the scales. Shapes, which fit: `x (n_tokens, n_cols)`, no dimension but n_cols 0.
+    /// order and on any thread. Returns the scales. Shapes: `x (n_tokens, n_cols)`, neither tokens nor rows 0.
     fn scored(
         &self,
         planes: &BitPlanes<'_>,
         n_tokens: usize,
         x: &[f32],
         put: impl Fn(usize, usize, &[i32], f32) + Sync,
-    ) -> Vec<f32> {
+    ) -> Result<Vec<f32>, ShapeError> {
         let (n_rows, n_cols) = (planes.signs.n_rows, x.len() / n_tokens);
+        check("scores input", n_tokens * n_cols, x.len())?;
+        check_planes(planes, n_cols)?;
         let q_len = scores::q_len(n_cols);
         let mut q = vec![0; n_tokens * q_len];
         let mut quantised = vec![None; n_tokens];
@@ -474,7 +473,7 @@ impl Cpu {
                 // SAFETY: `Cpu` has an instruction set only if the processor has it.
                 unsafe { score_batch::scores(planes, row, n_rows, &x, put) };
             });
-            return quantised.iter().map(|x| x.scale).collect();
+            return Ok(quantised.iter().map(|x| x.scale).collect());
         }
         let n_row_chunks = n_rows.div_ceil(SCORE_ROWS);
         self.pool.run(n_tokens * n_row_chunks, &|chunk| {
@@ -487,7 +486,7 @@ impl Cpu {
             }
             put(token, row, scores, quantised[token].scale);
         });
-        quantised.iter().map(|x| x.scale).collect()
+        Ok(quantised.iter().map(|x| x.scale).collect())
     }
 
     /// Scores of low rank of a batch. For calibration and tests. Shapes: `x (n_tokens, n_cols)`,
@@ -542,9 +541,6 @@ impl Cpu {
                 if skip.is_empty() {
                     return Ok(());
                 }
-                let n_cols = x.len() / n_tokens;
-                check("scores input", n_tokens * n_cols, x.len())?;
-                check_planes(planes, n_cols)?;
                 let skip = pool::Shared::new(skip);
                 self.scored(planes, n_tokens, x, |token, row, scores, scale| {
                     // SAFETY: each chunk has its own rows of its own token.
@@ -552,7 +548,7 @@ impl Cpu {
                     for (idx, (skip, &score)) in skip.iter_mut().zip(scores).enumerate() {
                         *skip = !scores::is_kept(score, thresholds.of(row + idx), scale);
                     }
-                });
+                })?;
             }
             Rows::LowRank { factors, thresholds } => {
                 check_thresholds(thresholds, factors.fc2.n_rows)?;
