@@ -164,7 +164,8 @@ pub fn perplexity(
         return Err(RuntimeError::TokenId { id, vocab_size: config.vocab_size }.into());
     }
     let n_batch = options.n_batch.max(1);
-    let mut observer = RowObserver::new(session);
+    let cpu = Cpu::new(session.n_threads());
+    let mut observer = RowObserver::new(session.model(), &cpu);
     let mut own = Likelihood::default();
     let mut reference = Likelihood::default();
     let mut distance = Distance::default();
@@ -302,9 +303,9 @@ impl Distance {
 /// Counts rows and energy by layer. Counts are made on several threads, and energies added in the order of tokens and rows,
 /// so that sums do not depend on the threads.
 #[derive(Debug)]
-pub struct RowObserver<'m> {
-    model: &'m Model,
-    cpu: Cpu,
+pub struct RowObserver<'a> {
+    model: &'a Model,
+    cpu: &'a Cpu,
     counts: Vec<RowCounts>,
     parts: Vec<Part>,
 }
@@ -331,10 +332,9 @@ struct RowCounts {
     missed_energy: f64,
 }
 
-impl<'m> RowObserver<'m> {
-    /// For runs of the model of `session`, on as many threads.
-    pub fn new(session: &Session<'m>) -> Self {
-        let (model, cpu) = (session.model(), Cpu::new(session.n_threads()));
+impl<'a> RowObserver<'a> {
+    /// For runs of `model`, counted on the threads of `cpu`.
+    pub fn new(model: &'a Model, cpu: &'a Cpu) -> Self {
         let n_layers = model.config().num_hidden_layers as usize;
         Self { model, cpu, counts: vec![RowCounts::default(); n_layers], parts: Vec::new() }
     }
@@ -361,7 +361,7 @@ impl<'m> RowObserver<'m> {
 
 impl MlpObserver for RowObserver<'_> {
     fn mlp(&mut self, batch: &MlpBatch<'_>) {
-        let squared_norms = &self.model.down_squared_norms(&self.cpu)[batch.layer];
+        let squared_norms = &self.model.down_squared_norms(self.cpu)[batch.layer];
         let activation = self.model.activation();
         let n_rows = squared_norms.len();
         self.parts.resize_with(batch.n_tokens.div_ceil(PART_TOKENS), Part::default);

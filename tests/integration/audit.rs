@@ -7,6 +7,7 @@ use integration_tests::{
     bundled_model, bundled_sinf, expect_code, expect_error, expect_json, expect_success, prep, runtime,
     workspace,
 };
+use kernels::Cpu;
 use runtime::perplexity::{LayerQuality, RowObserver};
 use runtime::{
     AdaptiveReport, AuditOptions, AuditReport, Estimate, MlpMode, Model, Session, SessionOptions, Tokenizer,
@@ -50,7 +51,8 @@ fn session<'m>(model: &'m Model, audit: Option<AuditOptions>) -> Session<'m> {
 
 /// What a full count of masked batches of 256 tokens says.
 fn count(session: &mut Session<'_>, tokens: &[u32]) -> Vec<LayerQuality> {
-    let mut observer = RowObserver::new(session);
+    let cpu = Cpu::new(session.n_threads());
+    let mut observer = RowObserver::new(session.model(), &cpu);
     for window in tokens.chunks_exact(256) {
         session.reset();
         session.forward_batch(window, true, None, Some(&mut observer)).expect("a batch");

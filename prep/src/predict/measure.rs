@@ -118,7 +118,8 @@ pub(crate) fn measure(
     let vocab_size = reference.vocab_size;
     let n_layers = session.model().config().num_hidden_layers as usize;
     let cpu = Cpu::new(session.n_threads());
-    let mut observer = Observer { masking, n_layers, cpu: &cpu, rows: RowObserver::new(session) };
+    let mut observer =
+        Observer { masking, n_layers, cpu: &cpu, rows: RowObserver::new(session.model(), &cpu) };
     let mut distance = Distance::default();
     let (mut own, mut dense_likelihood) = (Likelihood::default(), Likelihood::default());
     let mut divergences = Vec::with_capacity(reference.n_tokens());
@@ -193,14 +194,14 @@ struct Position {
     separation: Separation,
 }
 
-struct Observer<'a, 'm> {
+struct Observer<'a> {
     masking: &'a Masking<'a>,
     n_layers: usize,
     cpu: &'a Cpu,
-    rows: RowObserver<'m>,
+    rows: RowObserver<'a>,
 }
 
-impl MlpObserver for Observer<'_, '_> {
+impl MlpObserver for Observer<'_> {
     fn mask(&mut self, layer: usize, n_tokens: usize, x: &[f32], skip: &mut [bool]) -> bool {
         let (fit, setting) = match self.masking {
             Masking::Dense | Masking::Stored => return false,
