@@ -151,8 +151,8 @@ pub struct EvalRow {
     pub kinds: Vec<&'static str>,
     /// Predictor, gate, up and down bytes of a token by layer.
     pub layer_bytes: Vec<f64>,
-    /// Tokens decoded in a second; none where the backend lacks the predictor.
-    pub tok_per_s: Option<f64>,
+    /// Tokens decoded in a second.
+    pub tok_per_s: f64,
 }
 
 /// Evaluates the model in `path`.
@@ -178,7 +178,6 @@ pub fn eval(path: &Path, options: &EvalOptions, progress: &Progress) -> Result<E
     }
     let tokenizer = model.layout().tokenizer(model.bytes())?;
     let text = Text::load(Some(&options.text))?;
-    // Fitted planes are decoded too, and the CPU alone takes planes that are not the file's.
     let machine = Machine { device: Device::Cpu, n_threads: options.n_threads };
     let mut own = Bench::new(&model, &tokenizer, &text, options.n_tokens as usize, machine)?;
     let windows = own.windows.all();
@@ -280,8 +279,8 @@ impl Evaluator<'_, '_> {
     ) -> Result<EvalRow, PrepError> {
         let quality = measure(&mut self.own.session, &self.reference, masking, self.progress)?;
         let tok_per_s = match masking {
-            Masking::Dense => Some(self.decoding.in_mode(MlpMode::Dense)?),
-            Masking::Stored => Some(self.decoding.in_mode(MlpMode::Stored)?),
+            Masking::Dense => self.decoding.in_mode(MlpMode::Dense)?,
+            Masking::Stored => self.decoding.in_mode(MlpMode::Stored)?,
             Masking::Setting(_, setting) | Masking::OneLayerEach(_, setting) => {
                 self.decoding.with(self.fit, setting)?
             }
@@ -321,11 +320,9 @@ impl<'a> Decoding<'a> {
         self.tok_per_s()
     }
 
-    fn with(&mut self, fit: &'a Fit<'a>, setting: &Setting) -> Result<Option<f64>, PrepError> {
-        if !self.session.set_prediction(decoded(fit, setting)) {
-            return Ok(None);
-        }
-        self.tok_per_s().map(Some)
+    fn with(&mut self, fit: &'a Fit<'a>, setting: &Setting) -> Result<f64, PrepError> {
+        self.session.set_prediction(decoded(fit, setting))?;
+        self.tok_per_s()
     }
 
     /// Of the tokens after the prompt, each after the one before it.
@@ -353,7 +350,7 @@ impl EvalRow {
         kinds: Vec<(Kind, usize)>,
         is_dense: bool,
         quality: Measured,
-        tok_per_s: Option<f64>,
+        tok_per_s: f64,
     ) -> Self {
         let n_layers = kinds.len() as f64;
         let mean = |of: &dyn Fn((Kind, usize), &LayerQuality) -> f64| {
@@ -414,11 +411,10 @@ impl Evaluation {
             before = Some(row);
             let target = row.target_kl.map_or_else(|| "-".to_owned(), |target| target.to_string());
             let quality = &row.quality;
-            let tok_per_s = row.tok_per_s.map_or_else(|| "-".to_owned(), |rate| format!("{rate:.1}"));
             writeln!(
                 out,
                 "{:13}  {target:>6}  {:>8.6}  {:>6.4}  {:>6.3}  {:>5.2}%  {:>+9.2}%  {:>5.1}%  {:>5.1}%  {:>6.3}%  \
-                 {:>8.1}%  {:>8.2} {:>4.1}%  {tok_per_s:>6}",
+                 {:>8.1}%  {:>8.2} {:>4.1}%  {:>6.1}",
                 row.predictor,
                 quality.kl_mean,
                 quality.kl_p99,
@@ -431,6 +427,7 @@ impl Evaluation {
                 100.0 * row.gate_bytes,
                 row.bytes_per_token / 1e6,
                 100.0 * row.mlp_bytes,
+                row.tok_per_s,
             )?;
         }
         let stored = self.rows.iter().find(|row| row.predictor == "stored");

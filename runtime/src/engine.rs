@@ -57,12 +57,14 @@ pub(crate) trait Engine<'m>: std::fmt::Debug {
     /// Tokens of a batch that prompts go through best in; at most the session's `n_batch_max`.
     fn n_batch(&self) -> usize;
 
-    /// Takes `planes` and `factors`, one of each for each layer, in place of the file's; a layer that has factors makes
-    /// scores of them and not of planes. False, and nothing changes, if the engine cannot.
-    fn set_predictors(&mut self, planes: &[Option<BitPlanes<'m>>], factors: &[Option<LowRank<'m>>]) -> bool {
-        let _ = (planes, factors);
-        false
-    }
+    /// Takes `planes` and `factors`, one of each for each layer, in place of those it has; a layer that has factors makes
+    /// scores of them and not of planes. Rows are set next: those from before may need what is gone. After an error,
+    /// every gate row is computed until then.
+    fn set_predictors(
+        &mut self,
+        planes: &[Option<BitPlanes<'m>>],
+        factors: &[Option<LowRank<'m>>],
+    ) -> Result<(), RuntimeError>;
 
     /// Rows that decoding and masked batches read from now on, one choice per layer.
     fn set_rows(&mut self, rows: Vec<RowChoice>);

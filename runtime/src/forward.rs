@@ -277,11 +277,13 @@ impl<'m> Engine<'m> for CpuEngine<'m> {
         self.buffers.n_batch_max.min(N_BATCH)
     }
 
-    fn set_predictors(&mut self, planes: &[Option<BitPlanes<'m>>], factors: &[Option<LowRank<'m>>]) -> bool {
-        for ((layer, &planes), &factors) in self.weights.layers.iter_mut().zip(planes).zip(factors) {
-            (layer.planes, layer.low_rank) = (planes, factors);
-        }
-        true
+    fn set_predictors(
+        &mut self,
+        planes: &[Option<BitPlanes<'m>>],
+        factors: &[Option<LowRank<'m>>],
+    ) -> Result<(), RuntimeError> {
+        self.weights.set_predictors(planes, factors);
+        Ok(())
     }
 
     fn set_rows(&mut self, rows: Vec<RowChoice>) {
@@ -351,7 +353,7 @@ pub(crate) fn measure_read_gb_per_s(cpu: &Cpu) -> f64 {
 
 /// The rows that `choice` selects of the layer `w`.
 pub(crate) fn rows_of<'a>(choice: &'a RowChoice, w: &LayerWeights<'a>) -> Rows<'a> {
-    let planes = || w.planes.expect("the reader checked that a layer with limits has sign words");
+    let planes = || w.planes.expect("checked when limits were set: the layer has sign words");
     let predicted = |limits| Rows::Predicted { signs: planes().signs, limits };
     let scored = |thresholds| match w.low_rank {
         Some(factors) => Rows::LowRank { factors, thresholds },

@@ -62,7 +62,18 @@ pub(crate) struct Weights<'m> {
     pub(crate) lm_head: Matrix<'m>,
 }
 
-impl Weights<'_> {
+impl<'m> Weights<'m> {
+    /// Has layers predict with `planes` and `factors`, one of each for each layer, in place of what they have.
+    pub(crate) fn set_predictors(
+        &mut self,
+        planes: &[Option<BitPlanes<'m>>],
+        factors: &[Option<LowRank<'m>>],
+    ) {
+        for ((layer, &planes), &factors) in self.layers.iter_mut().zip(planes).zip(factors) {
+            (layer.planes, layer.low_rank) = (planes, factors);
+        }
+    }
+
     /// The largest rank of a predictor; 0 where none is of low rank.
     pub(crate) fn rank_max(&self) -> usize {
         let ranks = self.layers.iter().filter_map(|layer| layer.low_rank).map(|factors| factors.fc1.n_rows);

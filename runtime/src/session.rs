@@ -219,7 +219,7 @@ impl<'m> Session<'m> {
     ///
     /// # Errors
     /// [`RuntimeError::NoAlpha`] for a scale other than 1 where the file's predictors have no alpha;
-    /// [`RuntimeError::NothingToAudit`] and [`RuntimeError::NoTarget`] in a session that audits.
+    /// [`RuntimeError::NothingToAudit`] and [`RuntimeError::NoTarget`] in a session that audits; [`RuntimeError::Cuda`].
     pub fn set_mode(&mut self, mode: MlpMode, alpha_scale: f64) -> Result<(), RuntimeError> {
         let records = self.model.layout().predictors();
         let is_scaled = mode == MlpMode::Stored && alpha_scale != 1.0;
@@ -228,11 +228,7 @@ impl<'m> Session<'m> {
             let (path, found) = (self.model.path().to_owned(), records[layer].kind.name());
             return Err(RuntimeError::NoAlpha { path, layer, found });
         }
-        if self.has_own_predictors {
-            let planes: Vec<_> = (0..records.len()).map(|layer| self.model.gate_planes(layer)).collect();
-            let factors: Vec<_> = (0..records.len()).map(|layer| self.model.low_rank(layer)).collect();
-            self.has_own_predictors = !self.engine.set_predictors(&planes, &factors);
-        }
+        self.return_to_the_files_predictors()?;
         let choice = |layer: usize| {
             let budget = self.budget.as_ref().map(|limits| limits[layer]);
             RowChoice::new(mode, stored_rows(self.model, layer, budget, alpha_scale))
@@ -245,7 +241,7 @@ impl<'m> Session<'m> {
     ///
     /// # Errors
     /// [`RuntimeError::NoSigns`] where a layer has no sign words; [`RuntimeError::Shape`] for limits of another length;
-    /// [`RuntimeError::NothingToAudit`] and [`RuntimeError::NoTarget`] in a session that audits.
+    /// [`RuntimeError::NothingToAudit`] and [`RuntimeError::NoTarget`] in a session that audits; [`RuntimeError::Cuda`].
     pub fn set_limits(&mut self, limits: &[u32]) -> Result<(), RuntimeError> {
         let n_layers = self.model.config().num_hidden_layers as usize;
         if limits.len() != n_layers {
@@ -256,7 +252,20 @@ impl<'m> Session<'m> {
         if let Some(layer) = (0..n_layers).find(|&layer| !has_signs(layer)) {
             return Err(RuntimeError::NoSigns { path: self.model.path().to_owned(), layer });
         }
+        self.return_to_the_files_predictors()?;
         self.set_rows(limits.iter().map(|&limit| RowChoice::Limit(limit)).collect())
+    }
+
+    /// Undoes [`Session::set_prediction`], but for the rows.
+    fn return_to_the_files_predictors(&mut self) -> Result<(), RuntimeError> {
+        if self.has_own_predictors {
+            let n_layers = self.model.config().num_hidden_layers as usize;
+            let planes: Vec<_> = (0..n_layers).map(|layer| self.model.gate_planes(layer)).collect();
+            let factors: Vec<_> = (0..n_layers).map(|layer| self.model.low_rank(layer)).collect();
+            self.engine.set_predictors(&planes, &factors)?;
+            self.has_own_predictors = false;
+        }
+        Ok(())
     }
 
     fn set_rows(&mut self, rows: Vec<RowChoice>) -> Result<(), RuntimeError> {
@@ -315,27 +324,34 @@ impl<'m> Session<'m> {
         }
     }
 
-    /// Predicts with `layers` in place of the file's records, until the next [`Session::set_mode`]; audits end. False, and
-    /// nothing changes, on a backend that takes no other planes and factors than the file's.
+    /// Predicts with `layers` in place of the file's records, until the next [`Session::set_mode`] or
+    /// [`Session::set_limits`]; audits end. A device with memory of its own gets what is not the file's, for as long.
     ///
-    /// # Panics
-    /// If there is not one for each layer; in decoding, if a layer that is not exact has neither planes nor factors.
-    pub fn set_prediction(&mut self, layers: Vec<LayerPrediction<'m>>) -> bool {
-        assert_eq!(layers.len(), self.model.config().num_hidden_layers as usize, "one for each layer");
+    /// # Errors
+    /// [`RuntimeError::Shape`] unless there is one for each layer, with what its limit is compared with;
+    /// [`RuntimeError::Cuda`], and every gate row is computed for as long.
+    pub fn set_prediction(&mut self, layers: Vec<LayerPrediction<'m>>) -> Result<(), RuntimeError> {
+        let n_layers = self.model.config().num_hidden_layers as usize;
+        for (what, expected, found) in [
+            ("layers that predict", n_layers, layers.len()),
+            ("layers with planes or factors for their limits", n_layers, n_complete(&layers)),
+        ] {
+            if found != expected {
+                return Err(ShapeError { what, expected, found }.into());
+            }
+        }
         let planes: Vec<Option<BitPlanes<'m>>> = layers.iter().map(|layer| layer.planes).collect();
         let factors: Vec<Option<LowRank<'m>>> = layers.iter().map(|layer| layer.low_rank).collect();
-        if !self.engine.set_predictors(&planes, &factors) {
-            return false;
-        }
         self.has_own_predictors = true;
         (self.audit, self.adaptive) = (None, None);
+        self.engine.set_predictors(&planes, &factors)?;
         let rows = layers.into_iter().map(|layer| match layer.limit {
             PredictionLimit::Exact => RowChoice::Active,
             PredictionLimit::Signs(limit) => RowChoice::Limit(limit),
             PredictionLimit::Scores(thresholds) => RowChoice::RowThresholds(thresholds),
         });
         self.engine.set_rows(rows.collect());
-        true
+        Ok(())
     }
 
     /// Takes the limits and thresholds that the file's budget curve has for a mean KL divergence of `kl` in place of
@@ -607,6 +623,16 @@ fn limits_for(curve: &[BudgetPoint], kl: f64) -> Result<Vec<f32>, (f32, f32)> {
             Err((kls().fold(f32::NAN, f32::min), kls().fold(f32::NAN, f32::max)))
         }
     }
+}
+
+/// How many of `layers` have what their limit is compared with.
+fn n_complete(layers: &[LayerPrediction<'_>]) -> usize {
+    let is_complete = |layer: &&LayerPrediction<'_>| match layer.limit {
+        PredictionLimit::Exact => true,
+        PredictionLimit::Signs(_) => layer.planes.is_some(),
+        PredictionLimit::Scores(_) => layer.planes.is_some() || layer.low_rank.is_some(),
+    };
+    layers.iter().filter(is_complete).count()
 }
 
 /// What the file's record for `layer` keeps, with its limit or threshold replaced by that of a `budget` and then its

@@ -6,6 +6,7 @@ use integration_tests::{
     bundled_model, bundled_sinf, expect_code, expect_error, expect_json, expect_success, prep, runtime,
     workspace,
 };
+use runtime::{LayerPrediction, MlpMode, Model, PredictionLimit, RuntimeError, Session, SessionOptions};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -189,6 +190,38 @@ fn eval_refuses_what_it_cannot_compare() {
         std::fs::write(&path, bytes).expect("written");
         assert!(eval(&path).contains(word), "{word}");
     }
+}
+
+#[test]
+fn predictions_that_lack_something_are_refused() {
+    let model = Model::open(bundled_sinf()).expect("the converted model opens");
+    let options = SessionOptions {
+        n_positions_max: 4,
+        n_batch_max: 4,
+        n_threads: 2,
+        mode: MlpMode::Stored,
+        alpha_scale: 1.0,
+    };
+    let mut session = Session::new(&model, &options).expect("a session");
+    let layers = |planes, limit: &PredictionLimit| {
+        vec![LayerPrediction { planes, low_rank: None, limit: limit.clone() }; 8]
+    };
+    let exact = layers(None, &PredictionLimit::Exact);
+    for bad in [
+        exact[..7].to_vec(),
+        layers(None, &PredictionLimit::Signs(9)),
+        layers(None, &PredictionLimit::Scores(vec![0.0; model.config().intermediate_size as usize])),
+    ] {
+        let result = session.set_prediction(bad);
+        assert!(matches!(result, Err(RuntimeError::Shape(_))), "{result:?}");
+    }
+    for good in [layers(model.gate_planes(0), &PredictionLimit::Signs(9)), exact] {
+        session.set_prediction(good).expect("complete");
+        session.decode(1).expect("a token");
+    }
+    // Limits compare with the file's signs, which the exact layers went without.
+    session.set_limits(&[9; 8]).expect("a file with sign words");
+    session.decode(1).expect("a token");
 }
 
 #[test]

@@ -136,12 +136,18 @@ impl<'m> Mirror<'m> {
     /// # Panics
     /// If `part` is not a part of them.
     pub fn view<T>(&self, part: &[T]) -> View<'_> {
+        self.find(part).expect("a part of the bytes")
+    }
+
+    /// `part` of the bytes, as the device sees it; none if it lies elsewhere.
+    pub fn find<T>(&self, part: &[T]) -> Option<View<'_>> {
         let offset_bytes = part.as_ptr().addr().wrapping_sub(self.bytes.as_ptr().addr());
+        let end = offset_bytes.checked_add(size_of_val(part))?;
         let all = match &self.memory {
             Memory::Copied(buffer) => buffer.view(),
             Memory::InPlace(mapped) => mapped.view(),
         };
-        all.slice(offset_bytes, size_of_val(part))
+        (end <= all.len_bytes()).then(|| all.slice(offset_bytes, size_of_val(part)))
     }
 }
 

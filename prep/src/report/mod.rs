@@ -628,7 +628,7 @@ fn measured_table(html: &mut Html, evaluation: &Evaluation) {
             percent(row.missed_energy),
             unit.show(row.bytes_per_token),
             percent(row.mlp_bytes),
-            row.tok_per_s.map_or_else(|| "-".to_owned(), |rate| format!("{rate:.1}")),
+            format!("{:.1}", row.tok_per_s),
         ]
     });
     let head = [
@@ -763,7 +763,7 @@ mod tests {
             },
             kinds: vec!["sign"; 8],
             layer_bytes: vec![1e5; 8],
-            tok_per_s: None,
+            tok_per_s: 12.5,
         };
         let mut rows =
             vec![row("dense", None, 0.0, 8e6), row("exact", None, 0.0, 4e6), row("stored", None, 0.002, 2e6)];

@@ -75,7 +75,7 @@ impl CudaEngine<'_> {
             None => {
                 let trace = Some(audits.scratch.trace());
                 // SAFETY: the graph is dropped before the scratch and the buffers of `state`, by the order of fields, and
-                // before the limits of rows, by `set_rows`.
+                // before those that go earlier, by `set_rows` and `set_predictors`.
                 let graph = unsafe { state.device.capture(|| state.token(&self.rows, None, trace)) }?;
                 audits.graph.insert(graph)
             }

@@ -57,9 +57,9 @@ impl Way {
         device: &Device,
         shape: &AttentionShape,
         weights: &Weights<'_>,
-        intermediate_size: usize,
     ) -> Result<Self, CudaError> {
-        if let Some(scratch) = one_kernel(device, shape, weights)? {
+        let intermediate_size = weights.layers.first().map_or(0, |w| w.mlp.gate.n_rows);
+        if let Some(scratch) = one_kernel(device, shape, weights, intermediate_size)? {
             return Ok(Self::OneKernel(Box::new(scratch)));
         }
         let floats = |n: usize| device.alloc(n * size_of::<f32>());
@@ -279,6 +279,7 @@ fn one_kernel(
     device: &Device,
     shape: &AttentionShape,
     weights: &Weights<'_>,
+    intermediate_size: usize,
 ) -> Result<Option<DecodeScratch>, CudaError> {
     let dtype = Dtype::of(&weights.embedding.data);
     let same = |w: &Matrix<'_>| Dtype::of(&w.data) == dtype;
@@ -286,10 +287,9 @@ fn one_kernel(
         let MlpWeights { gate, up, down_t } = &w.mlp;
         [&w.w_q, &w.w_k, &w.w_v, &w.w_o, gate, up, down_t].into_iter().all(same)
     });
-    let f = weights.layers.first().map_or(0, |w| w.mlp.gate.n_rows);
     let rank_max = weights.rank_max();
     if !uniform || !same(&weights.lm_head) || !(1..=128).contains(&weights.layers.len()) {
         return Ok(None);
     }
-    device.decode_scratch(shape, weights.embedding.n_cols, f, rank_max, dtype.n_bytes())
+    device.decode_scratch(shape, weights.embedding.n_cols, intermediate_size, rank_max, dtype.n_bytes())
 }

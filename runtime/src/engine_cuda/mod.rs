@@ -2,26 +2,28 @@
 //!
 //! The file's bytes lie on the device as one image (on integrated GPUs the mapped pages themselves), so that every
 //! weight's address there is its address in the map, moved. [`decode`] runs one token, recorded as a graph, for which
-//! token and position live on the device; [`prompt`] runs batches. Both fill the same cache. [`audit`] looks at what a token
-//! left out, [`steps`] tells where its time goes.
+//! token and position live on the device; [`prompt`] runs batches. Both fill the same cache. [`predictors`] tells kernels
+//! what layers predict with, [`audit`] looks at what a token left out, [`steps`] tells where its time goes.
 
 mod audit;
 mod decode;
+mod predictors;
 mod prompt;
 mod steps;
 
 use std::thread;
 
+use bytemuck::NoUninit;
 use format_spec::ModelConfig;
 use kernels::cuda::{
-    Buffer, Chosen, CudaError, Device, DeviceLimits, DeviceLowRank, DeviceMatrix, DevicePlanes,
-    DeviceResidual, DeviceRows, DeviceThresholds, Dtype, Gemm, Graph, HostBuffer, Mirror, Placement,
+    Buffer, Chosen, CudaError, Device, DeviceMatrix, Dtype, Gemm, Graph, HostBuffer, Mirror, Placement,
     UploadError, View,
 };
-use kernels::{Activation, AttentionShape, BitPlanes, Elements, LowRank, Matrix, MlpCounts, Residual};
+use kernels::{Activation, AttentionShape, BitPlanes, Elements, LowRank, Matrix, MlpCounts};
 
 use self::audit::Audits;
 use self::decode::{DeviceSampler, Way};
+use self::predictors::OwnParts;
 use self::prompt::Prompt;
 use crate::RuntimeError;
 use crate::audit::Audit;
@@ -63,6 +65,7 @@ struct ModelState<'m> {
     device: Device,
     ordinal: usize,
     image: Mirror<'m>,
+    own_parts: OwnParts<'m>,
     weights: Weights<'m>,
     activation: Activation,
     eps: f32,
@@ -167,8 +170,8 @@ impl<'m> CudaEngine<'m> {
             Some(graph) => graph,
             None => {
                 let state = &self.state;
-                // SAFETY: the graph is dropped before the buffers of `state`, by the order of fields, and before the
-                // limits of rows, by `set_rows`.
+                // SAFETY: the graph is dropped before the buffers of `state`, by the order of fields, and before those
+                // that go earlier, by `set_rows` and `set_predictors`.
                 self.graph.insert(unsafe { state.device.capture(|| state.token(&self.rows, None, None)) }?)
             }
         };
@@ -268,10 +271,11 @@ impl<'m> ModelState<'m> {
             .map(|_| Ok([device.alloc(n_cached)?, device.alloc(n_cached)?]))
             .collect::<Result<_, CudaError>>()?;
         let (cos, sin) = angles(config, shape.n_positions_max);
-        let way = Way::new(&device, &shape, &weights, config.intermediate_size as usize)?;
+        let way = Way::new(&device, &shape, &weights)?;
         Ok(Self {
             ordinal,
             image,
+            own_parts: OwnParts::default(),
             activation: model.activation(),
             eps: config.rms_norm_eps,
             shape,
@@ -318,53 +322,18 @@ impl<'m> ModelState<'m> {
         self.report.view().slice(self.weights.layers.len() * COUNT_BYTES, size_of::<u32>())
     }
 
+    /// `weights` of the model or of a predictor, where they lie on the device.
+    fn view<T: NoUninit>(&self, weights: &[T]) -> View<'_> {
+        let bytes = bytemuck::cast_slice(weights);
+        self.own_parts.find(bytes).unwrap_or_else(|| self.image.view(bytes))
+    }
+
     fn floats(&self, values: &[f32]) -> View<'_> {
-        self.image.view(values)
+        self.view(values)
     }
 
     fn matrix(&self, w: &Matrix<'_>) -> Result<DeviceMatrix<'_>, CudaError> {
-        DeviceMatrix::new(self.image.view(element_bytes(&w.data)), Dtype::of(&w.data), w.n_rows, w.n_cols)
-    }
-
-    fn low_rank(&self, factors: &LowRank<'_>) -> Result<DeviceLowRank<'_>, CudaError> {
-        let residual = factors.residual.map(|Residual { signs, scales }| DeviceResidual {
-            signs: self.image.view(signs.words),
-            scales: self.floats(scales),
-        });
-        let (fc1, fc2) = (self.matrix(&factors.fc1)?, self.matrix(&factors.fc2)?);
-        Ok(DeviceLowRank { fc1, fc2, relu: factors.relu, residual })
-    }
-
-    /// The rows of `layer` that `choice` selects.
-    fn rows(&self, layer: usize, choice: &RowChoice) -> Result<DeviceRows<'_>, CudaError> {
-        let planes = || {
-            self.weights.layers[layer]
-                .planes
-                .expect("the reader checked that a layer with limits has sign words")
-        };
-        let predicted =
-            |limits| DeviceRows::Predicted { signs: self.image.view(planes().signs.words), limits };
-        let scored = |thresholds| {
-            if let Some(factors) = &self.weights.layers[layer].low_rank {
-                return Ok(DeviceRows::LowRank { factors: self.low_rank(factors)?, thresholds });
-            }
-            let BitPlanes { signs, low } = planes();
-            let low = (!low.is_empty()).then(|| self.image.view(low));
-            let planes = DevicePlanes { signs: self.image.view(signs.words), low };
-            Ok(DeviceRows::Scored { planes, thresholds })
-        };
-        let of_rows = || {
-            let limits = self.limits.as_ref().and_then(|limits| limits[layer].as_ref());
-            limits.expect("bring_limits comes first").view()
-        };
-        match choice {
-            RowChoice::All => Ok(DeviceRows::All),
-            RowChoice::Active => Ok(DeviceRows::Active),
-            RowChoice::Limit(limit) => Ok(predicted(DeviceLimits::Layer(*limit))),
-            RowChoice::RowLimits(_) => Ok(predicted(DeviceLimits::PerRow(of_rows()))),
-            RowChoice::Threshold(threshold) => scored(DeviceThresholds::Layer(*threshold)),
-            RowChoice::RowThresholds(_) => scored(DeviceThresholds::PerRow(of_rows())),
-        }
+        DeviceMatrix::new(self.view(element_bytes(&w.data)), Dtype::of(&w.data), w.n_rows, w.n_cols)
     }
 }
 
@@ -375,6 +344,17 @@ impl<'m> Engine<'m> for CudaEngine<'m> {
 
     fn describe(&self) -> String {
         format!("cuda:{} ({})", self.state.ordinal, self.state.device.info().name)
+    }
+
+    fn set_predictors(
+        &mut self,
+        planes: &[Option<BitPlanes<'m>>],
+        factors: &[Option<LowRank<'m>>],
+    ) -> Result<(), RuntimeError> {
+        // So that nothing names buffers that go, whether or not there is room for others.
+        self.set_rows(vec![RowChoice::Active; self.rows.len()]);
+        self.state.set_predictors(planes, factors)?;
+        Ok(self.prompt.make_room(&self.state.device, self.state.weights.rank_max())?)
     }
 
     fn set_rows(&mut self, rows: Vec<RowChoice>) {

@@ -129,7 +129,7 @@ impl Sizes {
             rotated: words(q_width),
             attended: words(q_width),
             gate_up: words(2 * f).max(config.vocab_size as usize * size_of::<f32>()),
-            inner: words(rank_max),
+            inner: inner_bytes(n_batch_max, rank_max),
             skip: n_batch_max * f,
             h: words(f),
         }
@@ -140,6 +140,11 @@ impl Sizes {
         let Self { tokens, x, normed, signs, scales, qkv, rotated, attended, gate_up, inner, skip, h } = self;
         tokens + x + normed + signs + scales + qkv + rotated + attended + gate_up + inner + skip + h
     }
+}
+
+/// Bytes of products with the first factors of predictors of rank `rank_max`.
+fn inner_bytes(n_batch_max: usize, rank_max: usize) -> usize {
+    n_batch_max * rank_max * size_of::<f32>()
 }
 
 impl Buffers {
@@ -183,6 +188,15 @@ impl Prompt {
             n_threads: options.n_threads,
             copies: None,
         })
+    }
+
+    /// Has room for predictors of rank `rank_max`.
+    pub(super) fn make_room(&mut self, device: &Device, rank_max: usize) -> Result<(), CudaError> {
+        let n_bytes = inner_bytes(self.n_batch_max, rank_max);
+        if n_bytes > self.buffers.inner.view().len_bytes() {
+            self.buffers.inner = device.alloc(n_bytes)?;
+        }
+        Ok(())
     }
 
     /// Most tokens of a batch.
