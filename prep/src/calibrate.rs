@@ -194,6 +194,23 @@ impl Windows {
         all
     }
 
+    /// Of the first `n_tokens` of `text`, at most.
+    ///
+    /// # Errors
+    /// An empty text.
+    pub(crate) fn new(
+        model: &Model,
+        tokenizer: &format_spec::Tokenizer,
+        text: &Text,
+        n_tokens: usize,
+    ) -> Result<Self, PrepError> {
+        let config = model.config();
+        let window = MAX_WINDOW.min(config.max_position_embeddings);
+        let bos = config.bos_token_id.filter(|_| tokenizer.add_bos && window > 1);
+        let tokenizer = runtime::Tokenizer::new(tokenizer, config.bos_token_id, None)?;
+        Ok(Self::cut(&text.first_tokens(&tokenizer, n_tokens)?, bos, window))
+    }
+
     /// Cuts `tokens`; a text too short for a window of each use serves several.
     fn cut(tokens: &[u32], bos: Option<u32>, max_window: u32) -> Self {
         let n_prefix = usize::from(bos.is_some());
@@ -242,20 +259,8 @@ pub(crate) struct Bench<'m> {
 
 impl<'m> Bench<'m> {
     /// # Errors
-    /// An empty text; a model without a context; a device that does not answer or has no room.
-    pub(crate) fn new(
-        model: &'m Model,
-        tokenizer: &format_spec::Tokenizer,
-        text: &Text,
-        n_tokens: usize,
-        machine: Machine,
-    ) -> Result<Self, PrepError> {
-        let config = model.config();
-        let window = MAX_WINDOW.min(config.max_position_embeddings);
-        let bos = config.bos_token_id.filter(|_| tokenizer.add_bos && window > 1);
-        let tokenizer = runtime::Tokenizer::new(tokenizer, config.bos_token_id, None)?;
-        let tokens = text.first_tokens(&tokenizer, n_tokens)?;
-        let windows = Windows::cut(&tokens, bos, window);
+    /// A model without a context; a device that does not answer or has no room.
+    pub(crate) fn new(model: &'m Model, windows: Windows, machine: Machine) -> Result<Self, PrepError> {
         let options = SessionOptions {
             n_positions_max: windows.window as usize,
             n_batch_max: windows.window as usize,
@@ -319,9 +324,9 @@ pub(crate) fn run(
     machine: Machine,
     progress: &Progress,
 ) -> Result<Calibration, PrepError> {
-    let mut bench = Bench::new(model, tokenizer, text, options.n_tokens as usize, machine)?;
+    let windows = Windows::new(model, tokenizer, text, options.n_tokens as usize)?;
+    let mut bench = Bench::new(model, windows.clone(), machine)?;
     let kinds = options.kinds();
-    let windows = bench.windows.clone();
     let n_fit: usize = windows.fit.iter().map(Vec::len).sum();
     progress.begin("calibrating", n_fit as u64);
     let fit = Fit::run(&mut bench.session, &windows, &kinds, source, machine.n_threads, progress)?;

@@ -11,6 +11,9 @@
 //!
 //! All run over the same windows against the model's own dense pass, and each decodes some tokens of the text for its speed.
 //! Bytes are those of one token, of the MLPs alone: attention, its cache and the lm_head are the same for all.
+//!
+//! First everything is fitted, then everything is measured, in one session each, so that a device holds the model once and
+//! one predictor that is not the file's, for as long as that decodes.
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -19,10 +22,10 @@ use std::time::Instant;
 use format_spec::calibration::limit_from_alpha;
 use runtime::device::Device;
 use runtime::perplexity::LayerQuality;
-use runtime::{MlpMode, Model, Session, SessionOptions};
+use runtime::{MlpMode, Model, Session};
 use serde::Serialize;
 
-use crate::calibrate::{Bench, Machine, Text};
+use crate::calibrate::{Bench, Machine, Text, Windows};
 use crate::predict::{
     Fit, Kind, LayerSetting, LimitEffect, LowRankSource, Masking, Measured, Reference, Search, Setting,
     decoded, measure,
@@ -161,7 +164,6 @@ pub struct EvalRow {
 /// A file that cannot be read or was made without prediction, a text that is empty, a failed pass.
 pub fn eval(path: &Path, options: &EvalOptions, progress: &Progress) -> Result<Evaluation, PrepError> {
     let model = Model::open(path)?;
-    let stored: Vec<Kind> = model.layout().predictors().iter().map(Kind::of_record).collect();
     let mut kinds: Vec<Kind> = Vec::new();
     for contender in &options.contenders {
         match contender {
@@ -178,69 +180,95 @@ pub fn eval(path: &Path, options: &EvalOptions, progress: &Progress) -> Result<E
     }
     let tokenizer = model.layout().tokenizer(model.bytes())?;
     let text = Text::load(Some(&options.text))?;
-    let machine = Machine { device: Device::Cpu, n_threads: options.n_threads };
-    let mut own = Bench::new(&model, &tokenizer, &text, options.n_tokens as usize, machine)?;
-    let windows = own.windows.all();
-    progress.begin("dense", windows.iter().map(|window| window.len() as u64).sum());
-    let reference = own.reference(&windows, progress)?;
-
+    let windows = Windows::new(&model, &tokenizer, &text, options.n_tokens as usize)?;
     let built_in = Text::load(None)?;
-    let n_fit = options.calibration_tokens as usize;
-    let mut fitting = Bench::new(&model, &tokenizer, &built_in, n_fit, machine)?;
-    let fit_windows = fitting.windows.clone();
-    progress.begin("fitting", fit_windows.fit.iter().map(|window| window.len() as u64).sum());
-    let session = &mut fitting.session;
-    let source = LowRankSource::Fitted { rank: options.rank.map(|rank| rank as usize) };
-    let fit = Fit::run(session, &fit_windows, &kinds, &source, options.n_threads, progress)?;
-    let check = fitting.reference(&fit_windows.check, progress)?;
+    let fit_windows = Windows::new(&model, &tokenizer, &built_in, options.calibration_tokens as usize)?;
+    let machine = Machine { device: Device::Cpu, n_threads: options.n_threads };
 
+    let mut fitting = Bench::new(&model, fit_windows.clone(), machine)?;
+    progress.begin("fitting", fit_windows.fit.iter().map(|window| window.len() as u64).sum());
+    let source = LowRankSource::Fitted { rank: options.rank.map(|rank| rank as usize) };
+    let session = &mut fitting.session;
+    let fit = Fit::run(session, &fit_windows, &kinds, &source, options.n_threads, progress)?;
+    progress.begin("choosing", 0);
+    let candidates = candidates(&options.contenders, &fit, fitting, progress)?;
+
+    let mut bench = Bench::new(&model, windows, machine)?;
+    let windows = bench.windows.all();
+    progress.begin("dense", windows.iter().map(|window| window.len() as u64).sum());
+    let reference = bench.reference(&windows, progress)?;
     progress.begin("evaluating", 0);
-    let mut evaluator = Evaluator {
-        decoding: Decoding::new(&model, &windows[0], options.n_threads)?,
-        own,
-        reference,
-        fit: &fit,
-        progress,
-    };
-    let mut rows = Vec::new();
-    for contender in &options.contenders {
-        let (name, kinds) = match contender {
-            Contender::Dense => {
-                let exact = vec![Kind::Exact; fit.layers.len()];
-                rows.push(evaluator.row("dense".to_owned(), None, exact, &Masking::Dense)?);
-                continue;
-            }
-            Contender::Stored => {
-                rows.push(evaluator.row("stored".to_owned(), None, stored.clone(), &Masking::Stored)?);
-                continue;
-            }
-            Contender::Alpha(alpha) => {
-                rows.push(evaluator.setting(format!("alpha={alpha}"), None, &by_alpha(&fit, *alpha))?);
-                continue;
-            }
-            Contender::Kind(Kind::Exact) => {
-                rows.push(evaluator.setting("exact".to_owned(), None, &Setting::exact(&fit))?);
-                continue;
-            }
-            Contender::Kind(kind) => (kind.name(), vec![*kind]),
-            Contender::Auto => ("auto", Kind::CHOICES.to_vec()),
-        };
-        let mut search = Search::new(&fit, &kinds, &mut fitting.session, &fit.reference, progress)?;
-        let kinds = vec![kinds; fit.layers.len()];
-        search.for_divergence(&kinds, FITTED_TARGET, &mut fitting.session, &check, progress)?;
-        for target in TARGETS {
-            let setting = search.expecting(&kinds, target);
-            rows.push(evaluator.setting(name.to_owned(), Some(target), &setting)?);
-        }
-    }
+    let tokens = windows[0].iter().copied().take(N_PROMPT + N_DECODED).collect();
+    let mut evaluator = Evaluator { session: bench.session, reference, fit: &fit, tokens, progress };
+    let rows = candidates.iter().map(|candidate| evaluator.row(candidate)).collect::<Result<_, _>>()?;
     Ok(Evaluation {
         path: path.display().to_string(),
         n_tokens: evaluator.reference.n_tokens(),
         dense_ppl: evaluator.reference.dense_ppl,
         dense_mlp_bytes: fit.bytes.dense() * fit.layers.len() as f64,
-        backend: evaluator.decoding.session.backend(),
+        backend: evaluator.session.backend(),
         rows,
     })
+}
+
+/// A contender at one budget.
+struct Candidate {
+    /// As on the command line.
+    predictor: String,
+    target_kl: Option<f64>,
+    choice: Choice,
+}
+
+/// What it leaves out.
+enum Choice {
+    Dense,
+    Stored,
+    Setting(Setting),
+}
+
+/// Every one of `contenders` at every budget that it has, chosen in the session of `fitting`.
+fn candidates<'m>(
+    contenders: &[Contender],
+    fit: &Fit<'m>,
+    mut fitting: Bench<'m>,
+    progress: &Progress,
+) -> Result<Vec<Candidate>, PrepError> {
+    let windows = fitting.windows.check.clone();
+    let check = fitting.reference(&windows, progress)?;
+    let mut candidates = Vec::new();
+    let mut add = |predictor: String, target_kl, choice| {
+        candidates.push(Candidate { predictor, target_kl, choice });
+    };
+    for contender in contenders {
+        let (name, kinds) = match contender {
+            Contender::Dense => {
+                add("dense".to_owned(), None, Choice::Dense);
+                continue;
+            }
+            Contender::Stored => {
+                add("stored".to_owned(), None, Choice::Stored);
+                continue;
+            }
+            Contender::Alpha(alpha) => {
+                add(format!("alpha={alpha}"), None, Choice::Setting(by_alpha(fit, *alpha)));
+                continue;
+            }
+            Contender::Kind(Kind::Exact) => {
+                add("exact".to_owned(), None, Choice::Setting(Setting::exact(fit)));
+                continue;
+            }
+            Contender::Kind(kind) => (kind.name(), vec![*kind]),
+            Contender::Auto => ("auto", Kind::CHOICES.to_vec()),
+        };
+        let session = &mut fitting.session;
+        let mut search = Search::new(fit, &kinds, session, &fit.reference, progress)?;
+        let kinds = vec![kinds; fit.layers.len()];
+        search.for_divergence(&kinds, FITTED_TARGET, session, &check, progress)?;
+        for target in TARGETS {
+            add(name.to_owned(), Some(target), Choice::Setting(search.expecting(&kinds, target)));
+        }
+    }
+    Ok(candidates)
 }
 
 /// The sign rule with one alpha.
@@ -251,82 +279,48 @@ fn by_alpha(fit: &Fit<'_>, alpha: f64) -> Setting {
 }
 
 /// What every row is measured with.
-struct Evaluator<'a, 'm> {
-    own: Bench<'m>,
+struct Evaluator<'a> {
+    /// Predicts by the file's records between rows.
+    session: Session<'a>,
     reference: Reference,
     fit: &'a Fit<'a>,
-    decoding: Decoding<'a>,
+    /// Of the text, the first of them a prompt and the others decoded against the clock.
+    tokens: Vec<u32>,
     progress: &'a Progress,
 }
 
-impl Evaluator<'_, '_> {
-    fn setting(
-        &mut self,
-        predictor: String,
-        target_kl: Option<f64>,
-        setting: &Setting,
-    ) -> Result<EvalRow, PrepError> {
-        let kinds = setting.layers.iter().map(|layer| layer.kind).collect();
-        self.row(predictor, target_kl, kinds, &Masking::Setting(self.fit, setting))
-    }
-
-    fn row(
-        &mut self,
-        predictor: String,
-        target_kl: Option<f64>,
-        kinds: Vec<Kind>,
-        masking: &Masking<'_>,
-    ) -> Result<EvalRow, PrepError> {
-        let quality = measure(&mut self.own.session, &self.reference, masking, self.progress)?;
-        let tok_per_s = match masking {
-            Masking::Dense => self.decoding.in_mode(MlpMode::Dense)?,
-            Masking::Stored => self.decoding.in_mode(MlpMode::Stored)?,
-            Masking::Setting(_, setting) | Masking::OneLayerEach(_, setting) => {
-                self.decoding.with(self.fit, setting)?
+impl Evaluator<'_> {
+    fn row(&mut self, candidate: &Candidate) -> Result<EvalRow, PrepError> {
+        let fit = self.fit;
+        let masking = match &candidate.choice {
+            Choice::Dense => Masking::Dense,
+            Choice::Stored => Masking::Stored,
+            Choice::Setting(setting) => Masking::Setting(fit, setting),
+        };
+        let quality = measure(&mut self.session, &self.reference, &masking, self.progress)?;
+        let tok_per_s = self.tok_per_s(&candidate.choice)?;
+        let fitted = |(layer, kind)| (kind, fit.rank(layer, kind));
+        let kinds: Vec<(Kind, usize)> = match &candidate.choice {
+            Choice::Dense => vec![(Kind::Exact, 0); fit.layers.len()],
+            Choice::Stored => {
+                let records = fit.model.layout().predictors().iter().enumerate();
+                let rank = |layer| fit.model.low_rank(layer).map_or(0, |factors| factors.fc1.n_rows);
+                records.map(|(layer, record)| (Kind::of_record(record), rank(layer))).collect()
+            }
+            Choice::Setting(setting) => {
+                setting.layers.iter().map(|layer| layer.kind).enumerate().map(fitted).collect()
             }
         };
-        let rank = |(layer, &kind): (usize, &Kind)| match masking {
-            Masking::Stored => self.fit.model.low_rank(layer).map_or(0, |factors| factors.fc1.n_rows),
-            _ => self.fit.rank(layer, kind),
-        };
-        let layers = kinds.iter().enumerate().map(|layer| (*layer.1, rank(layer))).collect();
-        let is_dense = matches!(masking, Masking::Dense);
-        Ok(EvalRow::new(predictor, target_kl, self.fit, layers, is_dense, quality, tok_per_s))
-    }
-}
-
-/// A session that decodes some tokens of the text against the clock.
-struct Decoding<'a> {
-    session: Session<'a>,
-    tokens: Vec<u32>,
-}
-
-impl<'a> Decoding<'a> {
-    /// On the first tokens of `window`.
-    fn new(model: &'a Model, window: &[u32], n_threads: usize) -> Result<Self, PrepError> {
-        let tokens = window[..window.len().min(N_PROMPT + N_DECODED)].to_vec();
-        let options = SessionOptions {
-            n_positions_max: tokens.len(),
-            n_batch_max: N_PROMPT,
-            n_threads,
-            mode: MlpMode::Stored,
-            alpha_scale: 1.0,
-        };
-        Ok(Self { session: Session::new(model, &options)?, tokens })
+        Ok(EvalRow::new(candidate, fit, &kinds, quality, tok_per_s))
     }
 
-    fn in_mode(&mut self, mode: MlpMode) -> Result<f64, PrepError> {
-        self.session.set_mode(mode, 1.0)?;
-        self.tok_per_s()
-    }
-
-    fn with(&mut self, fit: &'a Fit<'a>, setting: &Setting) -> Result<f64, PrepError> {
-        self.session.set_prediction(decoded(fit, setting))?;
-        self.tok_per_s()
-    }
-
-    /// Of the tokens after the prompt, each after the one before it.
-    fn tok_per_s(&mut self) -> Result<f64, PrepError> {
+    /// Of the tokens after the prompt, each after the one before it, with the rows of `choice` left out.
+    fn tok_per_s(&mut self, choice: &Choice) -> Result<f64, PrepError> {
+        match choice {
+            Choice::Dense => self.session.set_mode(MlpMode::Dense, 1.0)?,
+            Choice::Stored => {}
+            Choice::Setting(setting) => self.session.set_prediction(decoded(self.fit, setting))?,
+        }
         let (prompt, tokens) = self.tokens.split_at((self.tokens.len() - 1).min(N_PROMPT));
         let mut best = f64::INFINITY;
         for _ in 0..N_TIMES {
@@ -338,20 +332,20 @@ impl<'a> Decoding<'a> {
             }
             best = best.min(started.elapsed().as_secs_f64());
         }
+        self.session.set_mode(MlpMode::Stored, 1.0)?;
         Ok(tokens.len() as f64 / best)
     }
 }
 
 impl EvalRow {
     fn new(
-        predictor: String,
-        target_kl: Option<f64>,
+        candidate: &Candidate,
         fit: &Fit<'_>,
-        kinds: Vec<(Kind, usize)>,
-        is_dense: bool,
+        kinds: &[(Kind, usize)],
         quality: Measured,
         tok_per_s: f64,
     ) -> Self {
+        let is_dense = matches!(candidate.choice, Choice::Dense);
         let n_layers = kinds.len() as f64;
         let mean = |of: &dyn Fn((Kind, usize), &LayerQuality) -> f64| {
             kinds.iter().zip(&quality.layers).map(|(&kind, layer)| of(kind, layer)).sum::<f64>() / n_layers
@@ -364,8 +358,8 @@ impl EvalRow {
         let layer_bytes: Vec<f64> =
             layers.map(|(&kind, layer)| fit.bytes.dense() * share(kind, layer)).collect();
         Self {
-            predictor,
-            target_kl,
+            predictor: candidate.predictor.clone(),
+            target_kl: candidate.target_kl,
             gate_bytes: mean(&|(kind, rank), layer| fit.bytes.gate_share(kind, rank, layer.rows_kept)),
             mlp_bytes: mean(&share),
             bytes_per_token: layer_bytes.iter().sum(),
