@@ -137,6 +137,10 @@ pub struct EvalArgs {
     /// Threads; 0 takes one for each available core.
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub threads: usize,
+    /// Where the model runs on both texts and decodes: cpu, cuda, cuda:N, or auto for the first GPU with room for it. Sums
+    /// come in another order on each, so what is chosen differs a little.
+    #[arg(long, default_value_t = Device::Cpu, value_name = "NAME")]
+    pub device: Device,
     /// Print JSON, with every contender's rows by layer.
     #[arg(long)]
     pub json: bool,
@@ -153,6 +157,7 @@ impl EvalArgs {
             calibration_tokens: self.calibration_tokens,
             rank: self.rank,
             n_threads: self.threads,
+            device: self.device,
         }
     }
 }
@@ -195,6 +200,7 @@ impl ReportArgs {
             calibration_tokens: self.calibration_tokens.unwrap_or(CalibrationOptions::DEFAULT.n_tokens),
             rank: None,
             n_threads: self.threads.unwrap_or(0),
+            device: Device::Cpu,
         });
         ReportOptions { out: self.out.clone(), force: self.force, eval }
     }
@@ -460,6 +466,19 @@ mod tests {
         assert_eq!((device(""), device("--device cuda:1")), (Device::Cpu, Device::Cuda(1)));
         assert_eq!(target("--target-kl 0.01"), Target::Divergence(0.01));
         assert_eq!(target("--target-missed-energy 0.01"), Target::MissedEnergy(0.01));
+    }
+
+    #[test]
+    fn eval_runs_where_it_is_told_to() {
+        let device = |line: &str| {
+            let cli = Cli::try_parse_from("prep eval f --text t".split(' ').chain(line.split_whitespace()));
+            match cli.expect(line).command {
+                Command::Eval(args) => args.options().device,
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!([device(""), device("--device auto")], [Device::Cpu, Device::Auto]);
+        assert_eq!([device("--device cuda"), device("--device cuda:1")], [Device::Cuda(0), Device::Cuda(1)]);
     }
 
     /// The help states the defaults in words.

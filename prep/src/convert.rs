@@ -556,6 +556,7 @@ mod tests {
             calibration_tokens: 640,
             rank: None,
             n_threads: 2,
+            device: Device::Cpu,
         };
         let evaluation = crate::eval(&out, &options, &Progress::silent()).expect("measured");
         let row = &evaluation.rows[0];

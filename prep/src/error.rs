@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use format_spec::{DType, FormatError};
+use kernels::cuda::CudaError;
 use runtime::{RuntimeError, TokenizerError};
 
 use crate::pack::BadElement;
@@ -257,6 +258,13 @@ impl PrepError {
             ),
             Self::OutputIsInput { .. } => Some("name another file after -o"),
             Self::NoSigns { .. } => Some("convert the model again, with any predictor but exact"),
+            // Those of the runtime name flags that are not here.
+            Self::Runtime(RuntimeError::Cuda(CudaError::OutOfMemory { .. })) => {
+                Some("end other programs on the GPU, or use --device cpu")
+            }
+            Self::Runtime(RuntimeError::Cuda(CudaError::NoSuchDevice { .. })) => {
+                Some("runtime --list-devices shows the numbers")
+            }
             Self::Runtime(error) => error.hint(),
             _ => None,
         }
@@ -280,5 +288,12 @@ mod tests {
             "m/a.safetensors: tensor lm_head.weight: element 7: expected a finite f16 value, found 1000000"
         );
         assert!(error.hint().expect("a way out").contains("--dtype"));
+    }
+
+    #[test]
+    fn hints_name_no_flag_of_the_runtime() {
+        let full = CudaError::OutOfMemory { wanted_bytes: 9, free_bytes: 1, total_bytes: 2 };
+        let hint = PrepError::Runtime(full.into()).hint().expect("a way out");
+        assert!(hint.contains("--device cpu") && !hint.contains("--ctx-size"), "{hint}");
     }
 }

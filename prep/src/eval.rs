@@ -107,6 +107,8 @@ pub struct EvalOptions {
     pub rank: Option<u32>,
     /// Threads; 0 takes one for each available core.
     pub n_threads: usize,
+    /// Where the model runs.
+    pub device: Device,
 }
 
 /// What came out.
@@ -120,7 +122,7 @@ pub struct Evaluation {
     pub dense_ppl: f64,
     /// Bytes of the MLPs that a dense token reads.
     pub dense_mlp_bytes: f64,
-    /// What decoded: instruction set and threads.
+    /// What the model ran on: instruction set and threads, or the GPU.
     pub backend: String,
     /// One row for each contender and budget.
     pub rows: Vec<EvalRow>,
@@ -161,7 +163,8 @@ pub struct EvalRow {
 /// Evaluates the model in `path`.
 ///
 /// # Errors
-/// A file that cannot be read or was made without prediction, a text that is empty, a failed pass.
+/// A file that cannot be read or was made without prediction, a text that is empty, a device that does not answer or has no
+/// room, a failed pass.
 pub fn eval(path: &Path, options: &EvalOptions, progress: &Progress) -> Result<Evaluation, PrepError> {
     let model = Model::open(path)?;
     let mut kinds: Vec<Kind> = Vec::new();
@@ -183,7 +186,7 @@ pub fn eval(path: &Path, options: &EvalOptions, progress: &Progress) -> Result<E
     let windows = Windows::new(&model, &tokenizer, &text, options.n_tokens as usize)?;
     let built_in = Text::load(None)?;
     let fit_windows = Windows::new(&model, &tokenizer, &built_in, options.calibration_tokens as usize)?;
-    let machine = Machine { device: Device::Cpu, n_threads: options.n_threads };
+    let machine = Machine { device: options.device, n_threads: options.n_threads };
 
     let mut fitting = Bench::new(&model, fit_windows.clone(), machine)?;
     progress.begin("fitting", fit_windows.fit.iter().map(|window| window.len() as u64).sum());

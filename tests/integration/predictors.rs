@@ -177,6 +177,11 @@ fn eval_refuses_what_it_cannot_compare() {
         let error = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(error.contains(bad) && error.contains("sign-x8"), "{error}");
     }
+    // No machine has so many GPUs.
+    let error = expect_error(evaluated(bundled_sinf(), "stored").args(["--device", "cuda:999"]), 1);
+    assert!(error.to_lowercase().contains("cuda") && error.contains("hint"), "{error}");
+    let output = expect_code(evaluated(bundled_sinf(), "stored").args(["--device", "gpu"]), 2);
+    assert!(String::from_utf8_lossy(&output.stderr).contains("cuda:N"), "{output:?}");
     let eval = |text: &Path| {
         expect_error(
             prep().arg("eval").arg(bundled_sinf()).arg("--text").arg(text).args(["--tokens", "9"]),
