@@ -99,16 +99,21 @@ struct RowDot {
         }
     }
 
+    // PADDED: inner goes on with zeros to a multiple of DOT_CHAINS.
+    template <bool PADDED = false>
     __device__ __forceinline__ void add(
         const LowRank& w, int segment, const uint4 (&weights)[SEGMENT_TERMS], const float* inner
     ) {
         float of_segment[LANE_CHAINS] = {};
 #pragma unroll
         for (int i = 0; i < SEGMENT_TERMS; i++) {
+            if (PADDED && segment * DOT_SEGMENT + i * DOT_CHAINS >= w.rank) {
+                break;
+            }
             const int col = first_column(segment) + i * DOT_CHAINS;
             float row[LANE_CHAINS];
             unpack<__half>(weights[i], row);
-            if (col < w.rank) {
+            if (PADDED || col < w.rank) {
 #pragma unroll
                 for (int k = 0; k < LANE_CHAINS; k += 4) {
                     const float4 x = *reinterpret_cast<const float4*>(inner + col + k);

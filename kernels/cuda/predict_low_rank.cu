@@ -6,24 +6,34 @@
 // Shapes     x (n_cols,) f32; planes (x_planes_words,) u32 and x_scale (1,) f32, for a residual; fc1, fc2, signs and scales
 //            as in low_rank.cuh; limits (n_rows,) f32, or null for the one limit; skip (n_rows,) u8; inner (rank,) u64, an f32
 //            below and the turn above; turns (gridDim.x,) u32, launches so far
-// Needs      rank a multiple of 8, words of a row of signs of 4; the same inner, turns and grid in every launch
+// Needs      rank a multiple of 8, columns of 512 (whole segments of a dot product, whole steps of words of signs); the same
+//            inner, turns and grid in every launch
 // Grid       one block for each SM, launched cooperatively: each multiplies its rows of fc1, waits for the products of all
 //            others, and scores its rows of fc2
 // Block      512 threads and a scout warp; shared memory: inner, as much for the scout, and the sums of segments of the
 //            block's rows of fc1
-// Warp       a segment of fc1's rows; SCORE_ROWS rows of fc2 and of signs
-// Loads      L2 is asked for the rows of fc2 once x is there, which comes late behind them. They move on to registers once
-//            the block's products are out, whose sums would wait behind them. Instructions come late as well, about 100 clocks
-//            for eight of them: while the others wait for x, the scout goes through those of the scores, on what is at hand
+// Warp       a segment of fc1's rows, two at a time; SCORE_ROWS rows of fc2 and of signs
+// Loads      the scout asks L2 for rows, in the order in which all blocks need them: fc1 at the start, of which the slowest
+//            block's is waited for; signs at once in blocks without rows of fc1, in others when those are there; then fc2.
+//            Without signs, fc2 once x and fc1 are there, which come late behind it. Rows move on to registers once the
+//            block's products are out, whose sums would wait behind them
+// Code       instructions are cold at each start, about 100 clocks for eight of them, so that less of them is faster than
+//            fewer loads: no case for columns past a last one, none for one row alone. While the others wait for x, the
+//            scout goes through the code that comes after, on what is at hand
 // Bytes      rank * (n_cols + n_rows) * 2, and n_rows * n_words * 4 with a residual
 // Order      that of low_rank.cuh
-// Measured   H100 80GB, sm_90a, 7B shape, rank 256, launched to overlap: 5.20 us for 7.73 MB that a plain read brings in 3.89;
-//            with the signs of a residual 8.74 for 13.4 MB in 5.53; as the two kernels of a batch 7.64; records/
+// Measured   H100 80GB, sm_90a, 7B shape, launched to overlap: rank 256 5.24 us for 7.73 MB that a plain read brings in 3.93;
+//            rank 88 with the signs of a residual 6.16 for 8.29 MB in 4.03; records/
 // Tried      rows of fc2 by bulk copies or cp.async to shared memory: 1 to 2 us slower. All rows asked for at once: x comes
 //            0.6 us later. Rows of fc2 on to registers before the products are out: 1 us slower, as sums in shared memory wait
-//            behind loads. One chain of sums for all columns: 0.5 us. No scout: 0.7 us
+//            behind loads; before those of signs: 2 us, as loads come in order. Rows of fc1 before x: 0.3 us. Signs on warps
+//            of their own: 0.3 to 0.7 us. Two blocks on an SM by fewer registers: 0.9 to 1.8 us. One chain of sums for all
+//            columns: 0.5 us. No scout: 0.7 us
 
 #include "low_rank.cuh"
+
+// Sums of segments that the scout adds.
+constexpr int SCOUT_SEGMENTS = 4;
 
 struct PredictLowRankArgs {
     LowRank factors;
@@ -38,8 +48,9 @@ struct PredictLowRankArgs {
     int32_t n_rows;
     int32_t n_cols;
     uint32_t limit;
-    int32_t block_rows;   // rows of fc2 of a block; of the last ones fewer
-    int32_t block_inner;  // of fc1, likewise
+    int32_t block_rows;    // rows of fc2 of a block; of the last ones fewer
+    int32_t block_inner;   // of fc1, likewise; even
+    int32_t inner_floats;  // the rank in whole SCOUT_SEGMENTS * DOT_CHAINS
 };
 
 // A product of a turn, for all blocks.
@@ -57,97 +68,120 @@ __device__ __forceinline__ float wait_for(const unsigned long long* from, uint32
     return __uint_as_float(static_cast<uint32_t>(word));
 }
 
+// Asks L2 for what holds n_bytes, in whole 16 bytes.
+__device__ __forceinline__ void prefetch_around(const void* from, int n_bytes) {
+    const int before = static_cast<int>(reinterpret_cast<uintptr_t>(from) % 16);
+    prefetch_l2(static_cast<const char*>(from) - before, (before + n_bytes + 15) / 16 * 16);
+}
+
 constexpr int PREDICT_WARPS = 16;
-constexpr int L2_LINE = 128;
 // A barrier of all warps but the scout.
 struct Predicting {
     __device__ __forceinline__ static void sync() { asm volatile("bar.sync 1, %0;" ::"n"(PREDICT_WARPS * WARP) : "memory"); }
 };
 
-// Asks L2 for n_bytes, a line for each thread in turn.
-__device__ __forceinline__ void ask_lines(const void* from, int n_bytes) {
-    const char* begin = static_cast<const char*>(from);
-    const int past_line = static_cast<int>(reinterpret_cast<uintptr_t>(from) % L2_LINE);
-    for (int at = L2_LINE * threadIdx.x - past_line; at < n_bytes; at += L2_LINE * PREDICT_WARPS * WARP) {
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(begin + max(at, 0)));
-    }
-}
-
-extern "C" __global__ __launch_bounds__((PREDICT_WARPS + 1) * WARP) void predict_low_rank(
-    const __grid_constant__ PredictLowRankArgs a
-) {
+template <bool HAS_RESIDUAL>
+__device__ __forceinline__ void predict(const PredictLowRankArgs& a) {
     extern __shared__ float4 shared_floats[];
-    __shared__ uint32_t turn;
     LowRank w = a.factors;
-    BitRows residual = {a.signs, nullptr, 1, a.n_rows, (a.n_cols + WARP - 1) / WARP};
     __builtin_assume(w.rank % LANE_CHAINS == 0);
-    __builtin_assume(residual.n_words % 4 == 0);
-    const bool has_residual = w.scales != nullptr;
-    const int n_segs = n_segments(a.n_cols);
+    const int n_segs = a.n_cols / DOT_SEGMENT;
+    const int n_words = a.n_cols / WARP;
     float* inner = reinterpret_cast<float*>(shared_floats);
-    float* of_scout = inner + w.rank;
-    float* sums = of_scout + w.rank;
+    float* of_scout = inner + a.inner_floats;
+    float* sums = of_scout + a.inner_floats;
     const int first_inner = blockIdx.x * a.block_inner;
     const int n_inner = min(a.block_inner, w.rank - first_inner);
     int begin = blockIdx.x * a.block_rows;
     int n_rows = min(a.block_rows, a.n_rows - begin);
     const __half* fc1 = w.fc1 + static_cast<int64_t>(first_inner) * a.n_cols;
+    const __half* fc2 = w.fc2 + static_cast<int64_t>(begin) * w.rank;
+    const uint32_t* signs = a.signs;
+    uint32_t turn = 0;
 
     const bool is_scout = warp_id() == PREDICT_WARPS;
-    if (!is_scout && n_rows > 0) {
-        if (has_residual) {
-            if (threadIdx.x == WARP) {
-                prefetch_l2(residual.row(0, begin), n_rows * residual.n_words * sizeof(uint32_t));
-            }
-            ask_lines(w.scales + begin, n_rows * static_cast<int>(sizeof(float)));
-        }
-        if (a.limits != nullptr) {
-            ask_lines(a.limits + begin, n_rows * static_cast<int>(sizeof(uint32_t)));
-        }
-    }
-    if (threadIdx.x == 0 && n_inner > 0 && a.n_cols % PER_LOAD<__half> == 0) {
+    const bool asks = is_scout && lane_id() == 0;
+    const auto ask_signs = [&] {
+        prefetch_l2(signs + static_cast<int64_t>(begin) * n_words, n_rows * n_words * sizeof(uint32_t));
+    };
+    if (asks && n_inner > 0) {
         prefetch_l2(fc1, n_inner * a.n_cols * sizeof(__half));
     }
-    wait_for_writes();
-    if (is_scout) {
-        // Any memory will do that is at least as long as a row.
-        w.fc2 = reinterpret_cast<const __half*>(a.x);
-        w.scales = has_residual ? a.x : nullptr;
-        residual.signs = reinterpret_cast<const uint32_t*>(a.x);
-        begin = 0;
-        n_rows = 1;
-    } else {
-        if (threadIdx.x == 0) {
-            turn = __ldcg(a.turns + blockIdx.x) + 1;
-            a.turns[blockIdx.x] = turn;
+    if (asks && n_rows > 0) {
+        if (HAS_RESIDUAL) {
+            if (n_inner <= 0) {
+                ask_signs();
+            }
+            prefetch_around(w.scales + begin, n_rows * sizeof(float));
         }
+        if (a.limits != nullptr) {
+            prefetch_around(a.limits + begin, n_rows * sizeof(uint32_t));
+        }
+    }
+    wait_for_writes();
+    if (!is_scout) {
+        turn = __ldcg(a.turns + blockIdx.x) + 1;
+#pragma unroll 1
         for (int segment = warp_id(); segment < n_segs; segment += PREDICT_WARPS) {
+            const int col = segment * DOT_SEGMENT + lane_id();
             float x[SEGMENT_TERMS];
 #pragma unroll
             for (int i = 0; i < SEGMENT_TERMS; i++) {
-                const int col = segment * DOT_SEGMENT + i * DOT_CHAINS + lane_id();
-                x[i] = col < a.n_cols ? __ldcg(a.x + col) : 0.0f;
+                x[i] = __ldcg(a.x + col + i * DOT_CHAINS);
             }
-#pragma unroll 2
-            for (int k = 0; k < n_inner; k++) {
-                const __half* row = fc1 + k * a.n_cols;
-                sums[(k * n_segs + segment) * DOT_CHAINS + lane_id()] =
-                    segment_sum(segment, a.n_cols, [&](int i, int col) {
-                        return __fmul_rn(__half2float(__ldg(row + col)), x[i]);
-                    });
+            // The last row of an odd number twice.
+#pragma unroll 1
+            for (int k = 0; k < n_inner; k += 2) {
+                const int rows[2] = {k, min(k + 1, n_inner - 1)};
+                __half terms[2][SEGMENT_TERMS];
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+#pragma unroll
+                    for (int i = 0; i < SEGMENT_TERMS; i++) {
+                        terms[j][i] = __ldg(fc1 + rows[j] * a.n_cols + col + i * DOT_CHAINS);
+                    }
+                }
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    float sum = 0.0f;
+#pragma unroll
+                    for (int i = 0; i < SEGMENT_TERMS; i++) {
+                        sum = __fadd_rn(sum, __fmul_rn(__half2float(terms[j][i]), x[i]));
+                    }
+                    sums[(rows[j] * n_segs + segment) * DOT_CHAINS + lane_id()] = sum;
+                }
             }
         }
-        if (n_rows > 0) {
-            ask_lines(w.fc2 + static_cast<int64_t>(begin) * w.rank, n_rows * w.rank * static_cast<int>(sizeof(__half)));
+        if (!HAS_RESIDUAL && threadIdx.x == 0 && n_rows > 0) {
+            prefetch_l2(fc2, n_rows * w.rank * sizeof(__half));
         }
         Predicting::sync();
-        for (int k = warp_id(); k < n_inner; k += PREDICT_WARPS) {
-            const float dot = add_segments(sums + k * n_segs * DOT_CHAINS, n_segs);
-            if (lane_id() == 0) {
-                publish(a.inner + first_inner + k, inner_of(dot, w.relu), turn);
-            }
+    }
+#pragma unroll 1
+    for (int k = is_scout ? 0 : warp_id(); k < n_inner; k += is_scout ? n_inner : PREDICT_WARPS) {
+        const float dot = is_scout ? add_segments(of_scout, SCOUT_SEGMENTS)
+                                   : add_segments(sums + k * n_segs * DOT_CHAINS, n_segs);
+        if (!is_scout && lane_id() == 0) {
+            publish(a.inner + first_inner + k, inner_of(dot, w.relu), turn);
         }
-        Predicting::sync();
+    }
+    if (is_scout) {
+        if (HAS_RESIDUAL && asks && n_rows > 0) {
+            if (n_inner > 0) {
+                ask_signs();
+            }
+            prefetch_l2(fc2, n_rows * w.rank * sizeof(__half));
+        }
+        // Any memory will do that is at least as long as a row.
+        w.fc2 = reinterpret_cast<const __half*>(a.x);
+        w.scales = a.x;
+        signs = reinterpret_cast<const uint32_t*>(a.x);
+        begin = 0;
+        n_rows = 1;
+    } else {
+        if (!HAS_RESIDUAL) {
+            Predicting::sync();
+        }
         let_next_start();
     }
 
@@ -159,37 +193,63 @@ extern "C" __global__ __launch_bounds__((PREDICT_WARPS + 1) * WARP) void predict
         const int row = begin + max(0, min(first + lane_id() / 4, n_rows - 1));
         uint4 weights[SEGMENT_TERMS];
         float added = 0.0f;
+        uint32_t limit = 0;
         if (first < n_rows) {
-            if (has_residual) {
-                const float scale = __ldg(w.scales + row);
-                added = residual_score(residual.score(row, a.planes), __ldcg(a.x_scale), scale);
+            const float scale = HAS_RESIDUAL ? __ldg(w.scales + row) : 0.0f;
+            ScoreCounts counts;
+            if (HAS_RESIDUAL) {
+                const uint32_t* words = signs + static_cast<int64_t>(row) * n_words;
+                counts.add_plane<8, true>(n_words, a.planes, [&](int word) { return load_weights(words + word); });
             }
+            // While the last of the counts come out.
             RowDot::load(w, row, 0, weights);
+            limit = limit_of(a.limits, a.limit, row);
+            if (HAS_RESIDUAL) {
+                added = residual_score(counts.score(), __ldcg(a.x_scale), scale);
+            }
         }
         if (!has_inner) {
-            for (int k = threadIdx.x; k < w.rank; k += PREDICT_WARPS * WARP) {
-                inner[k] = wait_for(a.inner + k, turn);
+            // From the last thread on: the last warps have no rows, as a rule, and so the time.
+            for (int k = PREDICT_WARPS * WARP - 1 - threadIdx.x; k < a.inner_floats; k += PREDICT_WARPS * WARP) {
+                inner[k] = k < w.rank ? wait_for(a.inner + k, turn) : 0.0f;
             }
             Predicting::sync();
             has_inner = true;
+            // Every thread that needs it has read it.
+            if (threadIdx.x == 0) {
+                a.turns[blockIdx.x] = turn;
+            }
         }
         if (first >= n_rows) {
             break;
         }
         RowDot dot;
-        dot.add(w, 0, weights, is_scout ? of_scout : inner);
+        dot.add<true>(w, 0, weights, is_scout ? of_scout : inner);
 #pragma unroll 1
         for (int segment = 1; segment < n_segments(w.rank); segment++) {
             RowDot::load(w, row, segment, weights);
-            dot.add(w, segment, weights, inner);
+            dot.add<true>(w, segment, weights, is_scout ? of_scout : inner);
         }
         float score = dot.total();
-        if (has_residual) {
+        if (HAS_RESIDUAL) {
             score = __fadd_rn(score, added);
         }
-        const bool is_kept = passes(score, limit_of(a.limits, a.limit, row));
+        const bool is_kept = passes(score, limit);
         if (!is_scout && lane_id() % 4 == 0 && first + lane_id() / 4 < n_rows) {
             a.skip[row] = !is_kept;
         }
     }
+}
+
+extern "C" __global__ __launch_bounds__((PREDICT_WARPS + 1) * WARP) void predict_low_rank(
+    const __grid_constant__ PredictLowRankArgs a
+) {
+    predict<false>(a);
+}
+
+// The same, of factors with a residual.
+extern "C" __global__ __launch_bounds__((PREDICT_WARPS + 1) * WARP) void predict_low_rank_sign(
+    const __grid_constant__ PredictLowRankArgs a
+) {
+    predict<true>(a);
 }

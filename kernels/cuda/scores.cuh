@@ -135,8 +135,8 @@ struct ScoreCounts {
     }
 
     // The planes so far count double, then the next. words_at(word) are the words of row lane / 4 from word on, a
-    // multiple of 4 below n_words, with zeros past the last; of so many steps at a time.
-    template <int STEPS = 4, typename WordsAt>
+    // multiple of 4 below n_words, with zeros past the last; of so many steps at a time. WHOLE: n_words is whole steps.
+    template <int STEPS = 4, bool WHOLE = false, typename WordsAt>
     __device__ __forceinline__ void add_plane(int n_words, const uint32_t* x_planes, const WordsAt& words_at) {
 #pragma unroll
         for (int i = 0; i < 8; i++) {
@@ -146,7 +146,7 @@ struct ScoreCounts {
 #pragma unroll STEPS
         for (int step = 0; step < x_planes_steps(n_words); step++) {
             const int word = step * STEP_WORDS + lane_id() % 4 * 4;
-            const uint4 w = word < n_words ? words_at(word) : make_uint4(0, 0, 0, 0);
+            const uint4 w = WHOLE || word < n_words ? words_at(word) : make_uint4(0, 0, 0, 0);
             const uint4 x = planes[step * WARP];
             add(0, w.x, w.y, x.x, x.y);
             add(1, w.z, w.w, x.z, x.w);

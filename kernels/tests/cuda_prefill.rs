@@ -570,16 +570,19 @@ fn rows_skipped_by_low_rank_are_the_reference_bit_for_bit() {
     let mut random = Random::new(26);
     let mut found = Vec::new();
     // One for all ranks, as layers of a model share it.
-    let scratch = device.low_rank_scratch(333).unwrap();
+    let scratch = device.low_rank_scratch(600).unwrap();
     for (n_rows, n_cols, rank) in [
         (1, 1, 1),
         (100, 33, 31),
         (704, 256, 16),
         (1376, 512, 100),
+        (1376, 512, 104),
         (130, 4096, 256),
         (65, 5100, 333),
         (300, 640, 320),
-        (20_000, 256, 8),
+        (300, 1024, 600),
+        (700, 9216, 320),
+        (20_000, 512, 8),
     ] {
         let n_words = usize::div_ceil(n_cols, 32);
         let weight = random.values(n_cols);

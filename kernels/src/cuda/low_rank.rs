@@ -12,6 +12,11 @@ const BATCH_THREADS: usize = 128;
 const BATCH_ROWS: usize = 32;
 /// Threads of a block of the kernel for one token, a scout's among them.
 const TOKEN_THREADS: usize = 512 + WARP;
+/// Columns that it takes whole multiples of: segments of a dot product, and steps of the words of signs.
+const TOKEN_COLS: usize = 512;
+/// Floats that a scout reads in place of sums of segments.
+const SCOUT_FLOATS: usize = 4 * DOT_CHAINS;
+
 /// The predictor of low rank over a batch.
 #[derive(Clone, Copy, Debug)]
 pub struct LowRankCall<'a> {
@@ -79,6 +84,7 @@ struct PredictLowRankArgs {
     limit: u32,
     block_rows: i32,
     block_inner: i32,
+    inner_floats: i32,
 }
 
 impl LowRankCall<'_> {
@@ -173,8 +179,8 @@ impl Device {
         })
     }
 
-    /// What [`Device::prefill_skip_low_rank`] gives for one token, in one kernel where rows are whole pieces of 16
-    /// bytes and the sums of a block fit shared memory.
+    /// What [`Device::prefill_skip_low_rank`] gives for one token, in one kernel where the rank is a multiple of 8 and
+    /// columns of 512, and the sums of a block fit shared memory.
     ///
     /// # Errors
     /// As there; [`CudaError::Shape`] for more tokens or a rank above that of `scratch`.
@@ -191,16 +197,22 @@ impl Device {
             return Ok(());
         }
         let n_blocks = self.n_multiprocessors();
-        let (block_rows, block_inner) = (n_rows.div_ceil(n_blocks), rank.div_ceil(n_blocks));
-        let sums = block_inner * n_cols.div_ceil(DOT_SEGMENT) * DOT_CHAINS;
-        let n_words = n_cols.div_ceil(WARP);
-        let whole = rank.is_multiple_of(8) && (call.factors.residual.is_none() || n_words.is_multiple_of(4));
+        // The kernel multiplies two rows of the first factor at a time.
+        let (block_rows, block_inner) =
+            (n_rows.div_ceil(n_blocks), rank.div_ceil(n_blocks).next_multiple_of(2));
+        let inner_floats = rank.next_multiple_of(SCOUT_FLOATS);
+        let sums = block_inner * (n_cols / DOT_SEGMENT) * DOT_CHAINS;
         // The scout reads x in place of a row of the second factor.
-        let takes = whole && rank <= 2 * n_cols;
-        let (true, Ok(shared_bytes)) = (takes, self.check_shared((2 * rank + sums) * size_of::<f32>()))
+        let takes = rank.is_multiple_of(8) && n_cols.is_multiple_of(TOKEN_COLS) && rank <= 2 * n_cols;
+        let (true, Ok(shared_bytes)) =
+            (takes, self.check_shared((2 * inner_floats + sums) * size_of::<f32>()))
         else {
             return self
                 .prefill_skip_low_rank(call, scratch.products.view().slice(0, rank * size_of::<f32>()));
+        };
+        let kernel = match call.factors.residual {
+            None => "predict_low_rank",
+            Some(_) => "predict_low_rank_sign",
         };
         let [planes, x_scale] = call.quantised_addresses();
         let args = PredictLowRankArgs {
@@ -218,12 +230,13 @@ impl Device {
             limit: rows.limit,
             block_rows: block_rows as i32,
             block_inner: block_inner as i32,
+            inner_floats: inner_floats as i32,
         };
         // SAFETY: every length was checked above; the grid is the same for every launch with this scratch, and the kernel
         // waits for the one before.
         unsafe {
             let overlaps = self.overlaps();
-            self.launch_together("predict_low_rank", n_blocks, TOKEN_THREADS, shared_bytes, overlaps, &args)
+            self.launch_together(kernel, n_blocks, TOKEN_THREADS, shared_bytes, overlaps, &args)
         }
     }
 }
