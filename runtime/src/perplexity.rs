@@ -187,17 +187,18 @@ pub fn perplexity(
             if let Some(dense) = dense.as_deref_mut() {
                 dense.forward_batch(inputs, false, Some(&mut dense_logits[..n_logits]), None)?;
             }
-            for (logits, &target) in logits.chunks_exact(vocab_size).zip(targets) {
-                let nll = own.add(logits, target);
+            for nll in negative_log_likelihoods(&cpu, &logits, targets, vocab_size) {
+                own.add(nll);
                 if !nll.is_finite() {
                     return Err(PerplexityError::NotFinite { window: window_idx, position, nll });
                 }
                 position += 1;
             }
-            let pairs = dense_logits.chunks_exact(vocab_size).zip(logits.chunks_exact(vocab_size));
-            for ((dense_logits, logits), &target) in pairs.zip(targets) {
-                reference.add(dense_logits, target);
-                distance.add(Separation::new(dense_logits, logits));
+            if dense.is_some() {
+                let nlls = negative_log_likelihoods(&cpu, &dense_logits, targets, vocab_size);
+                nlls.into_iter().for_each(|nll| reference.add(nll));
+                let pairs = separations(&cpu, &dense_logits[..n_logits], &logits[..n_logits], vocab_size);
+                pairs.into_iter().for_each(|separation| distance.add(separation));
             }
         }
         nll_per_window.push(ratio(own.sum_nll - before.sum_nll, (own.n_tokens - before.n_tokens) as f64));
@@ -224,15 +225,8 @@ pub struct Likelihood {
 }
 
 impl Likelihood {
-    /// Adds the token `target` under `logits` and returns its negative log likelihood.
-    pub fn add(&mut self, logits: &[f32], target: u32) -> f64 {
-        let nll = negative_log_likelihood(logits, target);
-        self.add_token(nll);
-        nll
-    }
-
     /// Adds a token of this negative log likelihood.
-    pub fn add_token(&mut self, nll: f64) {
+    pub fn add(&mut self, nll: f64) {
         self.sum_nll += nll;
         self.n_tokens += 1;
     }
@@ -443,6 +437,27 @@ pub fn negative_log_likelihood(logits: &[f32], target: u32) -> f64 {
     log_sum_exp(logits) - f64::from(logits[target as usize])
 }
 
+/// That of each of `targets` under the logits of its position, on the threads of `cpu`. `logits` are
+/// `(targets.len(), vocab_size)`, and may go on.
+pub fn negative_log_likelihoods(cpu: &Cpu, logits: &[f32], targets: &[u32], vocab_size: usize) -> Vec<f64> {
+    let mut nlls = vec![0.0; targets.len()];
+    let positions = logits.chunks_exact(vocab_size).zip(targets);
+    cpu.for_each(nlls.iter_mut().zip(positions), |(nll, (logits, &target))| {
+        *nll = negative_log_likelihood(logits, target);
+    });
+    nlls
+}
+
+/// What separates two runs at each position, on the threads of `cpu`. Both are `(n_positions, vocab_size)`.
+pub fn separations(cpu: &Cpu, dense: &[f32], predicted: &[f32], vocab_size: usize) -> Vec<Separation> {
+    let mut separations = vec![Separation::default(); dense.len() / vocab_size];
+    let positions = dense.chunks_exact(vocab_size).zip(predicted.chunks_exact(vocab_size));
+    cpu.for_each(separations.iter_mut().zip(positions), |(separation, (dense, predicted))| {
+        *separation = Separation::new(dense, predicted);
+    });
+    separations
+}
+
 /// `log sum_i exp(logits_i)`.
 fn log_sum_exp(logits: &[f32]) -> f64 {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -476,23 +491,27 @@ mod tests {
 
     #[test]
     fn the_likelihood_is_that_of_the_softmax() {
+        assert_close(negative_log_likelihood(&[2.0, 2.0, 2.0, 2.0], 3), 4.0_f64.ln());
+        let nlls = negative_log_likelihoods(&Cpu::new(2), &[1e4, 0.0, 1e4, 0.0, 3.0, 3.0], &[0, 1], 2);
+        assert_eq!(nlls, [0.0, 1e4]);
         let mut likelihood = Likelihood::default();
-        assert_close(likelihood.add(&[2.0, 2.0, 2.0, 2.0], 3), 4.0_f64.ln());
-        assert_close(likelihood.add(&[1e4, 0.0], 0), 0.0);
-        assert_close(likelihood.add(&[1e4, 0.0], 1), 1e4);
-        assert_close(likelihood.mean(), (4.0_f64.ln() + 1e4) / 3.0);
-        assert!(likelihood.add(&[f32::NAN, 0.0], 1).is_nan());
+        nlls.into_iter().for_each(|nll| likelihood.add(nll));
+        assert_close(likelihood.mean(), 1e4 / 2.0);
+        assert!(negative_log_likelihood(&[f32::NAN, 0.0], 1).is_nan());
     }
 
     #[test]
     fn the_divergence_is_the_one_of_the_definition() {
         let mut distance = Distance::default();
         let (p, q) = ([0.5, 0.25, 0.25], [0.25, 0.5, 0.25]);
-        distance.add(Separation::new(&logits_of(&p), &logits_of(&q)));
+        let (dense, predicted) =
+            ([logits_of(&p), logits_of(&p)].concat(), [logits_of(&q), logits_of(&p)].concat());
+        let of_both = separations(&Cpu::new(2), &dense, &predicted, 3);
+        distance.add(of_both[0]);
         // 0.5 ln 2 - 0.25 ln 2.
         assert!((distance.sum_kl - 0.25 * 2.0_f64.ln()).abs() < 1e-6, "{distance:?}");
         assert_eq!(distance.n_same_top, 0);
-        distance.add(Separation::new(&logits_of(&p), &logits_of(&p)));
+        distance.add(of_both[1]);
         let divergence = distance.divergence(&Likelihood { sum_nll: 0.0, n_tokens: 2 });
         assert!((divergence.kl_mean - 0.125 * 2.0_f64.ln()).abs() < 1e-6);
         assert!((divergence.kl_max - 0.25 * 2.0_f64.ln()).abs() < 1e-6);

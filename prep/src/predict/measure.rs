@@ -2,7 +2,7 @@
 
 use kernels::{Cpu, Limits, Rows, Thresholds};
 use runtime::perplexity::{
-    Distance, LayerQuality, Likelihood, RowObserver, Separation, negative_log_likelihood,
+    Distance, LayerQuality, Likelihood, RowObserver, negative_log_likelihoods, separations,
 };
 use runtime::{LayerPrediction, MlpBatch, MlpObserver, PredictionLimit, Session};
 
@@ -84,12 +84,8 @@ impl Reference {
             let observer = observer.as_mut().map(|observer| &mut **observer as &mut dyn MlpObserver);
             session.forward_batch(window, false, keeps.then_some(&mut of_window), observer)?;
             if keeps {
-                let mut nlls = vec![0.0; window.len() - 1];
-                let positions = of_window.chunks_exact(vocab_size).zip(&window[1..]);
-                cpu.for_each(nlls.iter_mut().zip(positions), |(nll, (logits, &target))| {
-                    *nll = negative_log_likelihood(logits, target);
-                });
-                nlls.into_iter().for_each(|nll| likelihood.add_token(nll));
+                let nlls = negative_log_likelihoods(&cpu, &of_window, &window[1..], vocab_size);
+                nlls.into_iter().for_each(|nll| likelihood.add(nll));
                 // The last position predicts nothing of this window.
                 logits.extend_from_slice(&of_window[..n_kept]);
                 kept.push(window.clone());
@@ -124,7 +120,7 @@ pub(crate) fn measure(
     let (mut own, mut dense_likelihood) = (Likelihood::default(), Likelihood::default());
     let mut divergences = Vec::with_capacity(reference.n_tokens());
     let mut residues = vec![(0.0, 0.0); n_layers];
-    let mut dense = reference.logits.chunks_exact(vocab_size);
+    let mut dense = &reference.logits[..];
     let mut logits = Vec::new();
     for window in &reference.windows {
         let (inputs, targets) = (&window[..window.len() - 1], &window[1..]);
@@ -132,23 +128,20 @@ pub(crate) fn measure(
         session.reset();
         let is_masked = !matches!(masking, Masking::Dense);
         session.forward_batch(inputs, is_masked, Some(&mut logits), Some(&mut observer))?;
-        let mut positions = vec![Position::default(); targets.len()];
-        let of_both = logits.chunks_exact(vocab_size).zip(dense.by_ref().take(targets.len())).zip(targets);
-        cpu.for_each(positions.iter_mut().zip(of_both), |(position, ((logits, dense), &target))| {
-            *position = Position {
-                nll: negative_log_likelihood(logits, target),
-                dense_nll: negative_log_likelihood(dense, target),
-                separation: Separation::new(dense, logits),
-            };
-        });
-        for (idx, position) in positions.iter().enumerate() {
-            own.add_token(position.nll);
-            dense_likelihood.add_token(position.dense_nll);
-            distance.add(position.separation);
+        let (of_window, rest) = dense.split_at(logits.len());
+        dense = rest;
+        let add = |likelihood: &mut Likelihood, logits: &[f32]| {
+            let nlls = negative_log_likelihoods(&cpu, logits, targets, vocab_size);
+            nlls.into_iter().for_each(|nll| likelihood.add(nll));
+        };
+        add(&mut own, &logits);
+        add(&mut dense_likelihood, of_window);
+        for (idx, separation) in separations(&cpu, of_window, &logits, vocab_size).into_iter().enumerate() {
+            distance.add(separation);
             let (sum, n) = &mut residues[idx % n_layers];
-            *sum += position.separation.kl;
+            *sum += separation.kl;
             *n += 1.0;
-            divergences.push(position.separation.kl);
+            divergences.push(separation.kl);
         }
         progress.check()?;
     }
@@ -184,14 +177,6 @@ pub(crate) fn decoded<'a>(fit: &'a Fit<'a>, setting: &Setting) -> Vec<LayerPredi
 /// The least score of each row.
 fn thresholds(threshold: f32, offsets: &[f32]) -> Vec<f32> {
     offsets.iter().map(|offset| threshold + offset).collect()
-}
-
-/// What both runs make of one position.
-#[derive(Clone, Copy, Debug, Default)]
-struct Position {
-    nll: f64,
-    dense_nll: f64,
-    separation: Separation,
 }
 
 struct Observer<'a> {
