@@ -182,6 +182,9 @@ pub struct ReportArgs {
     /// Threads; 0 takes one for each available core [default: 0].
     #[arg(long, requires = "text", value_name = "N")]
     pub threads: Option<usize>,
+    /// Where the model runs, as for prep eval [default: cpu].
+    #[arg(long, requires = "text", value_name = "NAME")]
+    pub device: Option<Device>,
     /// Replace an existing OUT.
     #[arg(long)]
     pub force: bool,
@@ -200,7 +203,7 @@ impl ReportArgs {
             calibration_tokens: self.calibration_tokens.unwrap_or(CalibrationOptions::DEFAULT.n_tokens),
             rank: None,
             n_threads: self.threads.unwrap_or(0),
-            device: Device::Cpu,
+            device: self.device.unwrap_or(Device::Cpu),
         });
         ReportOptions { out: self.out.clone(), force: self.force, eval }
     }
@@ -479,6 +482,19 @@ mod tests {
         };
         assert_eq!([device(""), device("--device auto")], [Device::Cpu, Device::Auto]);
         assert_eq!([device("--device cuda"), device("--device cuda:1")], [Device::Cuda(0), Device::Cuda(1)]);
+    }
+
+    #[test]
+    fn report_measures_where_it_is_told_to() {
+        let parse = |line: &str| Cli::try_parse_from(line.split_whitespace());
+        let device = |line: &str| match parse(line).expect(line).command {
+            Command::Report(args) => args.options().eval.expect("a text").device,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(device("prep report f -o page --text t"), Device::Cpu);
+        assert_eq!(device("prep report f -o page --text t --device cuda:1"), Device::Cuda(1));
+        let error = parse("prep report f -o page --device cuda").expect_err("nothing to measure");
+        assert!(error.to_string().contains("--text"), "{error}");
     }
 
     /// The help states the defaults in words.
