@@ -34,13 +34,12 @@ impl Partial {
     /// # Errors
     /// [`FormatError::Busy`] where another process is writing it; a folder that cannot be written.
     pub fn create(out: &Path) -> Result<Self, FormatError> {
-        let Some(name) = out.file_name() else {
+        let Some(path) = partial_path(out) else {
             let source = io::Error::new(ErrorKind::InvalidInput, "the path does not name a file");
             return Err(failed("create", out)(source));
         };
-        let mut name = OsString::from(name);
-        name.push(".partial");
-        let path = out.with_file_name(name);
+        // Opening a pipe would wait for its other end.
+        check_regular(&path)?;
         match File::open(&path) {
             Ok(stale) => {
                 lock(&stale, &path)?;
@@ -141,19 +140,45 @@ impl Drop for Partial {
     }
 }
 
-/// An existing output is an error unless it may be replaced, which a folder never can.
+/// `OUT.partial`; none where `out` names no file.
+pub fn partial_path(out: &Path) -> Option<PathBuf> {
+    let mut name = OsString::from(out.file_name()?);
+    name.push(".partial");
+    Some(out.with_file_name(name))
+}
+
+/// An existing output is an error unless it may be replaced, which only a file can.
 ///
 /// # Errors
 /// [`FormatError::Exists`], or what the system says.
 pub fn check_output(out: &Path, replace: bool) -> Result<(), FormatError> {
+    if out.as_os_str().as_encoded_bytes().ends_with(b"/") {
+        return Err(failed("create", out)(io::Error::from(ErrorKind::IsADirectory)));
+    }
+    if replace {
+        check_regular(out)?;
+    }
     match out.symlink_metadata() {
-        Ok(found) if replace && found.is_dir() => {
-            Err(failed("replace", out)(io::Error::from(ErrorKind::IsADirectory)))
-        }
         Ok(_) if replace => Ok(()),
         Ok(_) => Err(FormatError::Exists { path: out.to_owned() }),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
         Err(error) => Err(failed("look at", out)(error)),
+    }
+}
+
+/// That `path`, if it leads to anything, leads to a file: devices and pipes are not there to be replaced.
+fn check_regular(path: &Path) -> Result<(), FormatError> {
+    match path.metadata() {
+        Ok(found) if found.is_dir() => Err(failed("replace", path)(io::Error::from(ErrorKind::IsADirectory))),
+        Ok(found) if !found.is_file() => {
+            let source = io::Error::new(
+                ErrorKind::InvalidInput,
+                "expected a file, found a device, a pipe or a socket",
+            );
+            Err(failed("replace", path)(source))
+        }
+        // A link that leads nowhere is replaced as a file is.
+        _ => Ok(()),
     }
 }
 

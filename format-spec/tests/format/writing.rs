@@ -124,6 +124,28 @@ fn a_stale_partial_is_replaced_and_a_living_one_is_not() {
 }
 
 #[test]
+fn folders_pipes_and_devices_are_left_alone() {
+    let sample = sample();
+    let folder = tempfile::tempdir().expect("a scratch folder");
+    let refused = |out: &Path| match Writer::create(out, &sample.config, 64, true) {
+        Err(FormatError::Io { path, source, .. }) => format!("{}: {source}", path.display()),
+        other => panic!("{other:?}"),
+    };
+    refused(folder.path());
+    refused(&folder.path().join("out.sinf/"));
+    if cfg!(unix) {
+        let socket = folder.path().join("socket");
+        let _open = std::os::unix::net::UnixListener::bind(&socket).expect("bound");
+        assert!(refused(&socket).contains("expected a file"));
+        // Beside the output as well, where a pipe would be waited for.
+        let beside = folder.path().join("out.sinf.partial");
+        let _open = std::os::unix::net::UnixListener::bind(&beside).expect("bound");
+        assert!(refused(&folder.path().join("out.sinf")).contains("out.sinf.partial"));
+        assert_eq!(names(folder.path()), ["out.sinf.partial", "socket"]);
+    }
+}
+
+#[test]
 fn an_existing_file_survives_without_force() {
     let sample = sample();
     let folder = tempfile::tempdir().expect("a scratch folder");
