@@ -320,6 +320,7 @@ impl Cli {
         for (flag, is_given) in [
             ("--audit", self.audit.is_some()),
             ("--adaptive", self.adaptive),
+            ("--budget", self.budget.is_some()),
             ("--alpha-scale", self.alpha_scale != 1.0),
         ] {
             if is_given {
@@ -521,7 +522,9 @@ mod tests {
             refused(&["m.sinf", "-p", "x", "--budget", "0.1", "--alpha-scale", "2"])
                 .contains("--alpha-scale")
         );
-        for flags in [&["--audit", "32"][..], &["--adaptive"], &["--alpha-scale", "1.1"]] {
+        for flags in
+            [&["--audit", "32"][..], &["--adaptive"], &["--budget", "0.1"], &["--alpha-scale", "1.1"]]
+        {
             for predictor in ["exact", "dense"] {
                 let arguments = [&["m.sinf", "-p", "x", "--predictor", predictor], flags].concat();
                 assert!(refused(&arguments).contains(flags[0]));

@@ -259,7 +259,7 @@ fn write_statistics(
     if cli.verbose {
         let n_tokens = session.usage().n_tokens;
         let intermediate_size = session.model().config().intermediate_size;
-        writeln!(out, "\nlayer   limit    kept  active")?;
+        writeln!(out, "\nlayer  widest    kept  active")?;
         for (idx, (layer, limit)) in session.usage().layers.iter().zip(session.limits()).enumerate() {
             let shares = RowShares::over(std::slice::from_ref(layer), n_tokens, intermediate_size);
             let limit = limit.map_or_else(|| "-".to_owned(), limit_text);
@@ -332,7 +332,7 @@ fn write_perplexity(out: &mut dyn Write, result: &Perplexity) -> io::Result<()> 
             100.0 * divergence.top1_agreement
         )?;
     }
-    writeln!(out, "\nlayer  predictor     limit   alpha    kept  active  recall  missed energy")?;
+    writeln!(out, "\nlayer  predictor    widest   alpha    kept  active  recall  missed energy")?;
     for (idx, layer) in result.layers.iter().enumerate() {
         let limit = layer.limit.map_or_else(|| "-".to_owned(), limit_text);
         let alpha = layer.alpha.map_or_else(|| "-".to_owned(), |alpha| format!("{alpha:.4}"));

@@ -607,6 +607,10 @@ impl<'m> Session<'m> {
 /// are left out.
 fn limits_for(curve: &[BudgetPoint], kl: f64) -> Result<Vec<f32>, (f32, f32)> {
     let measured = || curve.iter().filter(|point| point.kl.is_finite());
+    // In the few digits that an end is printed with it may lie beyond itself.
+    if let Some(point) = measured().find(|point| point.kl == kl as f32) {
+        return Ok(point.limits.clone());
+    }
     let below = measured().filter(|point| f64::from(point.kl) <= kl).max_by(|a, b| a.kl.total_cmp(&b.kl));
     let above = measured().filter(|point| f64::from(point.kl) > kl).min_by(|a, b| a.kl.total_cmp(&b.kl));
     match (below, above) {
@@ -617,7 +621,6 @@ fn limits_for(curve: &[BudgetPoint], kl: f64) -> Result<Vec<f32>, (f32, f32)> {
             let mixed = below.limits.iter().zip(&above.limits);
             Ok(mixed.map(|(below, above)| below + share * (above - below)).collect())
         }
-        (Some(last), None) if f64::from(last.kl) >= kl => Ok(last.limits.clone()),
         _ => {
             let kls = || measured().map(|point| point.kl);
             Err((kls().fold(f32::NAN, f32::min), kls().fold(f32::NAN, f32::max)))
@@ -710,6 +713,9 @@ mod tests {
         let limits = |kl: f32| limits_for(&curve, f64::from(kl));
         assert_eq!(limits(0.001), Ok(vec![200.0, -200.0]));
         assert_eq!(limits(0.004), Ok(vec![100.0, -100.0]));
+        // As they are printed, which is not what they are in twice the bits.
+        assert_eq!(limits_for(&curve, 0.001), Ok(vec![200.0, -200.0]));
+        assert_eq!(limits_for(&curve, 0.004), Ok(vec![100.0, -100.0]));
         for outside in [1e-9, 0.000_99, 0.004_01, 1.0] {
             assert_eq!(limits(outside), Err((0.001, 0.004)));
         }
