@@ -41,7 +41,7 @@ const BYTES_PER_TOKEN: usize = 8;
 /// Times that the targets of layers are lowered by what they miss on the half that did not choose: once, and again while
 /// one misses more than this many times its target.
 const MAX_CORRECTIONS: usize = 4;
-const FAR_FROM_TARGET: f64 = 2.0;
+pub(crate) const FAR_FROM_TARGET: f64 = 2.0;
 /// Most points of a stored curve.
 const N_CURVE_POINTS: usize = 65;
 
@@ -173,6 +173,8 @@ pub(crate) struct Windows {
     pub(crate) fit: Vec<Vec<u32>>,
     pub(crate) check: Vec<Vec<u32>>,
     pub(crate) last: Vec<Vec<u32>>,
+    /// Nothing else is among the last.
+    pub(crate) has_unseen: bool,
     /// Tokens at the start of a window that do not count.
     pub(crate) n_prefix: usize,
     /// Tokens of the text.
@@ -233,6 +235,7 @@ impl Windows {
         Self {
             check: or(from(3, 4), &fit),
             last: or(last.to_vec(), &fit),
+            has_unseen: !last.is_empty(),
             n_prefix,
             n_tokens: tokens.len(),
             window: (n_text + n_prefix) as u32,
@@ -297,8 +300,10 @@ pub(crate) struct Calibration {
     pub(crate) curves: Vec<CalibrationCurve>,
     /// Settings around the one of the records.
     pub(crate) budget: Vec<BudgetPoint>,
-    /// What the records do to text that nothing was chosen by.
+    /// What the records do to text that nothing was chosen by, if there is some.
     pub(crate) measured: Measured,
+    /// There is some.
+    pub(crate) is_unseen: bool,
     /// Bytes of the MLPs that a token reads, over those of a dense pass.
     pub(crate) mlp_bytes: f64,
     /// Perplexity of the dense model there.
@@ -429,6 +434,7 @@ pub(crate) fn run(
         budget,
         mlp_bytes: setting.mlp_share(&fit),
         measured,
+        is_unseen: windows.has_unseen,
         dense_ppl: last.dense_ppl,
         n_tokens: bench.windows.n_tokens as u64,
         window: bench.windows.window,

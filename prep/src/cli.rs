@@ -93,7 +93,7 @@ pub struct ConvertArgs {
     #[arg(long, value_name = "E", value_parser = parse_share)]
     pub target_missed_energy: Option<f64>,
     /// Threads; 0 takes one for each available core. The output does not depend on it.
-    #[arg(long, default_value_t = 0, value_name = "N")]
+    #[arg(long, default_value_t = 0, value_name = "N", value_parser = parse_threads)]
     pub threads: usize,
     /// Where the model runs on the calibration text: cpu, cuda, cuda:N, or auto for the first GPU with room for it. Sums
     /// come in another order on each, so what is chosen differs a little.
@@ -135,7 +135,7 @@ pub struct EvalArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub rank: Option<u32>,
     /// Threads; 0 takes one for each available core.
-    #[arg(long, default_value_t = 0, value_name = "N")]
+    #[arg(long, default_value_t = 0, value_name = "N", value_parser = parse_threads)]
     pub threads: usize,
     /// Where the model runs on both texts and decodes: cpu, cuda, cuda:N, or auto for the first GPU with room for it. Sums
     /// come in another order on each, so what is chosen differs a little.
@@ -180,7 +180,7 @@ pub struct ReportArgs {
     #[arg(long, requires = "text", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub calibration_tokens: Option<u32>,
     /// Threads; 0 takes one for each available core [default: 0].
-    #[arg(long, requires = "text", value_name = "N")]
+    #[arg(long, requires = "text", value_name = "N", value_parser = parse_threads)]
     pub threads: Option<usize>,
     /// Where the model runs, as for prep eval [default: cpu].
     #[arg(long, requires = "text", value_name = "NAME")]
@@ -260,7 +260,10 @@ impl PredictorName {
             None => None,
             Some(rank) if kind.has_factors() => {
                 let parsed = rank.parse().ok().filter(|rank| *rank > 0);
-                Some(parsed.ok_or_else(|| format!("expected a rank of at least 1, found {rank:?}"))?)
+                Some(
+                    parsed
+                        .ok_or_else(|| format!("expected a rank from 1 to {}, found {rank:?}", u32::MAX))?,
+                )
             }
             Some(rank) => return Err(format!("expected no rank for {name}, found {rank:?}")),
         };
@@ -279,6 +282,9 @@ pub enum ImportActivation {
 /// Values of `--alpha`, repetitions written out.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Alphas(pub Vec<f64>);
+
+/// Most threads: those of the runtime.
+const MAX_THREADS: usize = 1024;
 
 /// Most values of `--alpha`: more layers than any model has.
 const MAX_ALPHAS: usize = 4096;
@@ -366,6 +372,12 @@ fn parse_alphas(text: &str) -> Result<Alphas, String> {
 fn parse_divergence(text: &str) -> Result<f64, String> {
     let divergence = text.parse().ok().filter(|kl: &f64| *kl > 0.0 && kl.is_finite());
     divergence.ok_or_else(|| format!("expected a number above 0, found {text:?}"))
+}
+
+/// A number of threads.
+fn parse_threads(text: &str) -> Result<usize, String> {
+    let n_threads = text.parse().ok().filter(|n_threads| (0..=MAX_THREADS).contains(n_threads));
+    n_threads.ok_or_else(|| format!("expected a whole number from 0 to {MAX_THREADS}, found {text:?}"))
 }
 
 /// A number from 0 to 1.
@@ -482,6 +494,15 @@ mod tests {
         };
         assert_eq!([device(""), device("--device auto")], [Device::Cpu, Device::Auto]);
         assert_eq!([device("--device cuda"), device("--device cuda:1")], [Device::Cuda(0), Device::Cuda(1)]);
+    }
+
+    #[test]
+    fn threads_have_an_end() {
+        assert_eq!(parse("--threads 1024").expect("accepted").n_threads, 1024);
+        for bad in ["1025", "-1", "x", "18446744073709551616"] {
+            let error = parse(&format!("--threads={bad}")).expect_err("refused").to_string();
+            assert!(error.contains("0 to 1024") && error.contains(bad), "{error}");
+        }
     }
 
     #[test]

@@ -11,7 +11,7 @@
 //! Nothing in the output depends on the number of threads, on the time or on where the folder lies. What a device other
 //! than the CPU calibrates depends on it by a little: sums come in another order there.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use format_spec::calibration::limit_from_alpha;
@@ -24,10 +24,13 @@ use runtime::{Model, RuntimeError};
 use serde::Serialize;
 
 use crate::arch::{self, CONFIG_FILE, TensorName};
-use crate::calibrate::{self, Calibration, CalibrationOptions, LowRankOptions, Machine, Target, Text};
+use crate::calibrate::{
+    self, Calibration, CalibrationOptions, FAR_FROM_TARGET, LowRankOptions, Machine, Target, Text,
+};
 use crate::checkpoint::{Checkpoint, hash_file};
 use crate::import::read_predictors;
 use crate::inspect::PredictorRow;
+use crate::output::check_is_no_input;
 use crate::predict::{Factors, Kind, LowRankSource, Residual};
 use crate::stream::{BlockSizes, WeightStream};
 use crate::tokenizer::{FolderTokenizer, read_tokenizer};
@@ -96,6 +99,8 @@ pub struct ConvertReport {
 /// Distance of the predicted model from the dense one.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Quality {
+    /// It is of text that nothing was fitted to, as of all texts but the shortest.
+    pub is_unseen: bool,
     /// Mean KL divergence of the next token's distribution from the dense model's, in nats.
     pub kl_mean: f64,
     /// Share of tokens whose most probable successor is the same.
@@ -111,6 +116,7 @@ pub struct Quality {
 impl Quality {
     fn new(found: &Calibration) -> Self {
         Self {
+            is_unseen: found.is_unseen,
             kl_mean: found.measured.kl_mean,
             top1_agreement: found.measured.top1_agreement,
             ppl: found.measured.ppl,
@@ -159,6 +165,10 @@ pub fn convert(
         kernels::cuda::Device::open(ordinal as usize).map_err(RuntimeError::from)?;
     }
 
+    check_is_no_input(
+        out,
+        inputs(folder, &checkpoint, &tokenizer_files, &predictor).iter().map(PathBuf::as_path),
+    )?;
     let mut writer = Writer::create(out, &config, ALIGNMENT_BYTES, options.force)?;
     let weights_started = Instant::now();
     let with_signs = !matches!(predictor, Plan::Exact);
@@ -205,6 +215,7 @@ pub fn convert(
             if machine.device != Device::Cpu {
                 notes.push(format!("calibrated on {}", calibration.backend));
             }
+            notes.extend(shortcomings(&calibration, options));
             provenance.calibration = Some(CalibrationText {
                 name: text.name.clone(),
                 blake3: text.blake3,
@@ -244,6 +255,56 @@ pub fn convert(
         read_gb_per_s: n_source_bytes as f64 / weights_seconds / 1e9,
         notes,
     })
+}
+
+/// Every file that a conversion reads.
+fn inputs(
+    folder: &Path,
+    checkpoint: &Checkpoint,
+    tokenizer_files: &[PathBuf],
+    predictor: &Plan<'_>,
+) -> Vec<PathBuf> {
+    let mut inputs = vec![folder.join(CONFIG_FILE)];
+    inputs.extend(checkpoint.shards().iter().map(|shard| shard.path.clone()));
+    inputs.extend(checkpoint.index().map(Path::to_owned));
+    inputs.extend(tokenizer_files.iter().cloned());
+    if let Plan::Calibrated { options, imported, .. } = predictor {
+        inputs.extend(options.text.clone());
+        if let LowRankOptions::Imported { folder, .. } = &options.low_rank {
+            let names = imported.iter().filter_map(|file| Path::new(&file.name).file_name());
+            inputs.extend(names.map(|name| folder.join(name)));
+        }
+    }
+    inputs
+}
+
+/// How a calibration fell short of what was asked for.
+fn shortcomings(found: &Calibration, options: &CalibrationOptions) -> Vec<String> {
+    let mut notes = Vec::new();
+    if !found.is_unseen {
+        notes.push(format!(
+            "a calibration text of {} tokens has no part that nothing was fitted to: its quality is no forecast",
+            found.n_tokens
+        ));
+    }
+    let kl = found.measured.kl_mean;
+    if let Target::Divergence(target) = options.target
+        && kl > FAR_FROM_TARGET * target
+    {
+        notes.push(format!(
+            "KL {kl:.6} on the last of the calibration text, {:.1} times the target of {target}: more of it comes closer",
+            kl / target
+        ));
+    }
+    let ranks = found.factors.iter().flatten().map(|factors| factors.rank);
+    if let (LowRankOptions::Fitted { rank: Some(rank) }, Some(least)) = (&options.low_rank, ranks.min())
+        && least < *rank as usize
+    {
+        notes.push(format!(
+            "rank {least} where {rank} was asked for: the calibration text has no more tokens to fit to"
+        ));
+    }
+    notes
 }
 
 /// What the options ask for, checked against the model, before anything is written.
@@ -297,6 +358,7 @@ impl<'a> Plan<'a> {
         let text = Text::load(options.text.as_deref())?;
         let (source, imported) = match &options.low_rank {
             LowRankOptions::Fitted { rank } => {
+                check_rank(*rank, config)?;
                 (LowRankSource::Fitted { rank: rank.map(|rank| rank as usize) }, Vec::new())
             }
             LowRankOptions::Imported { folder, relu } => {
@@ -307,6 +369,18 @@ impl<'a> Plan<'a> {
             }
         };
         Ok(Self::Calibrated { text, options, source, imported })
+    }
+}
+
+/// That W_gate has room for factors of `rank`.
+///
+/// # Errors
+/// [`PrepError::Rank`].
+pub(crate) fn check_rank(rank: Option<u32>, config: &ModelConfig) -> Result<(), PrepError> {
+    let max = config.hidden_size.min(config.intermediate_size);
+    match rank {
+        Some(found) if found > max => Err(PrepError::Rank { max, found }),
+        _ => Ok(()),
     }
 }
 
@@ -456,7 +530,7 @@ fn write_section<const N: usize>(
 fn small_files(
     folder: &Path,
     checkpoint: &Checkpoint,
-    tokenizer_files: &[std::path::PathBuf],
+    tokenizer_files: &[PathBuf],
 ) -> Result<Vec<SourceFile>, PrepError> {
     let config = folder.join(CONFIG_FILE);
     let index = checkpoint.index().into_iter();
@@ -475,7 +549,7 @@ fn folder_name(folder: &Path) -> Result<String, PrepError> {
 mod tests {
     use super::*;
 
-    fn bundled() -> std::path::PathBuf {
+    fn bundled() -> PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/models/relu-llama-8m")
     }
 
@@ -562,6 +636,55 @@ mod tests {
         let row = &evaluation.rows[0];
         assert!(row.missed_energy <= 1.3 * target && row.missed_energy > 0.3 * target, "{row:?}");
         assert!(row.quality.layers.iter().all(|layer| layer.missed_energy <= 2.0 * target), "{row:?}");
+    }
+
+    #[test]
+    fn what_a_conversion_reads_is_no_output() {
+        let folder = tempfile::tempdir().expect("a scratch folder");
+        let (model, text) = (folder.path().join("model"), folder.path().join("text.txt.partial"));
+        std::fs::create_dir(&model).expect("made");
+        for entry in std::fs::read_dir(bundled()).expect("readable") {
+            let path = entry.expect("readable").path();
+            std::fs::copy(&path, model.join(path.file_name().expect("a name"))).expect("copied");
+        }
+        std::fs::write(&text, "It was the best of times, it was the worst of times.").expect("written");
+        let calibration =
+            CalibrationOptions { text: Some(text.clone()), ..CalibrationOptions::DEFAULT.clone() };
+        let options = ConvertOptions { force: true, ..options(Some(Predictor::Calibrated(calibration))) };
+        let inputs = ["config.json", "model.safetensors", "tokenizer.json"].map(|name| model.join(name));
+        // Without its ending, what is written first is the text.
+        let unfinished_is_text = text.with_extension("");
+        for out in [&text, &unfinished_is_text].into_iter().chain(&inputs) {
+            let before = std::fs::read(out).ok();
+            let error = convert(&model, out, &options, &Progress::silent()).expect_err("an input");
+            assert!(matches!(error, PrepError::OutputIsInput { .. }), "{error}");
+            assert!(std::fs::read(out).ok() == before, "{}", out.display());
+        }
+        assert!(text.exists());
+    }
+
+    #[test]
+    fn calibrations_that_fall_short_say_so() {
+        let folder = tempfile::tempdir().expect("a scratch folder");
+        let (text, out) = (folder.path().join("text"), folder.path().join("out.sinf"));
+        std::fs::write(&text, "a").expect("written");
+        let calibrated = |rank| {
+            let calibration = CalibrationOptions {
+                text: Some(text.clone()),
+                kind: Some(Kind::LowRank),
+                low_rank: LowRankOptions::Fitted { rank: Some(rank) },
+                ..CalibrationOptions::DEFAULT.clone()
+            };
+            let options = ConvertOptions { force: true, ..options(Some(Predictor::Calibrated(calibration))) };
+            convert(&bundled(), &out, &options, &Progress::silent())
+        };
+        let report = calibrated(64).expect("converted");
+        assert!(!report.quality.expect("measured").is_unseen);
+        for words in ["nothing was fitted to", "times the target", "where 64 was asked for"] {
+            assert!(report.notes.iter().any(|note| note.contains(words)), "{words}: {:?}", report.notes);
+        }
+        let error = calibrated(257).expect_err("wider than the model");
+        assert!(matches!(error, PrepError::Rank { max: 256, found: 257 }), "{error}");
     }
 
     /// A target of 0 keeps nearly all rows of so narrow a model.

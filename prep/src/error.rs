@@ -184,11 +184,19 @@ pub enum PrepError {
         /// The file.
         path: PathBuf,
     },
-    /// A page was to replace what it is about.
+    /// An output, or the unfinished file beside it, was to replace what it is made of.
     #[error("{}: expected an output other than the input, found the same file", path.display())]
     OutputIsInput {
         /// The file.
         path: PathBuf,
+    },
+    /// A rank above that of the matrix.
+    #[error("expected a rank of at most {max}, found {found}")]
+    Rank {
+        /// The smaller of rows and columns of W_gate.
+        max: u32,
+        /// What was asked for.
+        found: u32,
     },
     /// As many values of alpha as there are neither models nor layers.
     #[error("--alpha: expected one value or one for each of the {n_layers} layers, found {found}")]
@@ -256,7 +264,8 @@ impl PrepError {
                 "a layer's predictor is fc1.weight (rank, hidden_size) and fc2.weight (intermediate_size, rank), trained \
                  for this model, in model_N.safetensors for layer N or named layers.N.fc1.weight and so on",
             ),
-            Self::OutputIsInput { .. } => Some("name another file after -o"),
+            Self::OutputIsInput { .. } => Some("name another output"),
+            Self::Rank { .. } => Some("W_gate itself has no higher rank than its smaller side"),
             Self::NoSigns { .. } => Some("convert the model again, with any predictor but exact"),
             // Those of the runtime name flags that are not here.
             Self::Runtime(RuntimeError::Cuda(CudaError::OutOfMemory { .. })) => {

@@ -26,6 +26,7 @@ use runtime::{MlpMode, Model, Session};
 use serde::Serialize;
 
 use crate::calibrate::{Bench, Machine, Text, Windows};
+use crate::convert::check_rank;
 use crate::predict::{
     Fit, Kind, LayerSetting, LimitEffect, LowRankSource, Masking, Measured, Reference, Search, Setting,
     decoded, measure,
@@ -181,6 +182,7 @@ pub fn eval(path: &Path, options: &EvalOptions, progress: &Progress) -> Result<E
     if kinds.iter().any(|kind| kind.n_planes() > 0) && model.gate_planes(0).is_none() {
         return Err(PrepError::NoSigns { path: path.to_owned() });
     }
+    check_rank(options.rank, model.config())?;
     let tokenizer = model.layout().tokenizer(model.bytes())?;
     let text = Text::load(Some(&options.text))?;
     let windows = Windows::new(&model, &tokenizer, &text, options.n_tokens as usize)?;

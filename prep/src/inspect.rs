@@ -438,19 +438,32 @@ impl ProvenanceRow {
     fn write_text(&self, out: &mut dyn Write) -> io::Result<()> {
         let options: Vec<String> =
             self.options.iter().map(|(name, value)| format!("{name} {value}")).collect();
-        writeln!(out, "  from {} by {}: {}", self.source_name, self.tool, options.join(", "))?;
+        let (source, tool) = (printable(&self.source_name), printable(&self.tool));
+        writeln!(out, "  from {source} by {tool}: {}", printable(&options.join(", ")))?;
         if let Some(text) = &self.calibration {
             writeln!(
                 out,
                 "  calibrated on {} tokens in windows of {} of {}, blake3 {}",
-                text.n_tokens, text.window, text.name, text.blake3
+                text.n_tokens,
+                text.window,
+                printable(&text.name),
+                text.blake3
             )?;
         }
         for file in &self.source_files {
-            writeln!(out, "    {}  {:>10}  {}", file.blake3, size(file.bytes), file.name)?;
+            writeln!(out, "    {}  {:>10}  {}", file.blake3, size(file.bytes), printable(&file.name))?;
         }
         Ok(())
     }
+}
+
+/// Text from a file with what would move a terminal's cursor, or turn its text around, written out.
+fn printable(text: &str) -> String {
+    let acts = |c: char| {
+        c.is_control()
+            || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
+    text.chars().flat_map(|c| if acts(c) { c.escape_default().collect() } else { vec![c] }).collect()
 }
 
 /// Bytes as lower-case digits, as `b3sum` prints them.
@@ -465,5 +478,16 @@ pub(crate) fn size(bytes: u64) -> String {
         10_240..10_485_760 => format!("{:.1} KiB", bytes as f64 / 1024.0),
         10_485_760..10_737_418_240 => format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20)),
         _ => format!("{:.2} GiB", bytes as f64 / f64::from(1 << 30)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_do_not_move_the_cursor() {
+        assert_eq!(printable("mödel 7B"), "mödel 7B");
+        assert_eq!(printable("a\u{1b}[31m\r\nb\u{202e}"), "a\\u{1b}[31m\\r\\nb\\u{202e}");
     }
 }

@@ -10,6 +10,7 @@ pub mod error;
 pub mod eval;
 mod import;
 pub mod inspect;
+mod output;
 pub mod pack;
 mod predict;
 pub mod progress;

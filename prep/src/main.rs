@@ -150,7 +150,8 @@ fn write_summary(report: &ConvertReport, out: &mut dyn Write) -> io::Result<()> 
     if let Some(quality) = &report.quality {
         writeln!(
             out,
-            "unseen text: perplexity {:.4} (dense {:.4}), KL mean {:.6}, top-1 agreement {:.2} %; MLP bytes {:.1} %",
+            "{} text: perplexity {:.4} (dense {:.4}), KL mean {:.6}, top-1 agreement {:.2} %; MLP bytes {:.1} %",
+            if quality.is_unseen { "unseen" } else { "fitted" },
             quality.ppl,
             quality.dense_ppl,
             quality.kl_mean,

@@ -17,6 +17,7 @@ use self::charts::{Bar, Role, Share, Svg, TradeOff};
 use self::html::Html;
 use crate::eval::{EvalOptions, EvalRow, Evaluation, eval};
 use crate::inspect::{Inspection, size};
+use crate::output::check_is_no_input;
 use crate::{PrepError, Progress};
 
 /// What to write, and where.
@@ -35,12 +36,8 @@ pub struct ReportOptions {
 /// # Errors
 /// A file that is not valid, an output that exists or cannot be written, those of [`eval`]. No page is then left behind.
 pub fn report(path: &Path, options: &ReportOptions, progress: &Progress) -> Result<u64, PrepError> {
-    for input in [Some(path), options.eval.as_ref().map(|eval| eval.text.as_path())].into_iter().flatten() {
-        let real = |path: &Path| std::fs::canonicalize(path).ok();
-        if real(input).is_some_and(|input| Some(input) == real(&options.out)) {
-            return Err(PrepError::OutputIsInput { path: options.out.clone() });
-        }
-    }
+    let text = options.eval.as_ref().map(|eval| eval.text.as_path());
+    check_is_no_input(&options.out, std::iter::once(path).chain(text))?;
     let facts = Facts::read(path)?;
     // Before the measurement, which may take minutes.
     check_output(&options.out, options.force)?;
