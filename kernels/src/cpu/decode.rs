@@ -17,7 +17,7 @@
 use super::Isa;
 #[cfg(target_arch = "x86_64")]
 use super::lanes::{Avx2, Avx512};
-use super::lanes::{Element, Lanes, Portable, load_partial};
+use super::lanes::{Element, LINE_BYTES, Lanes, Portable, load_partial, prefetch};
 use super::low_rank;
 use super::pool::{Pool, Shared};
 use super::scores::{self, Quantised, Scores};
@@ -34,8 +34,8 @@ const ROW_MULTIPLE: usize = 8;
 const MLP_ROWS: usize = 128;
 /// Rows in a chunk of an audit.
 const AUDIT_ROWS: usize = 32;
-/// Rows of an audit that share one pass over x.
-const AUDIT_DOTS: usize = 4;
+/// Rows out of a list that share one pass over x.
+const LISTED_ROWS: usize = 4;
 /// Columns of the widest slice of down.
 const SLICE_MAX: usize = 1024;
 /// Columns of the narrowest slice of down.
@@ -259,6 +259,32 @@ unsafe fn dots<L: Lanes, T: Element>(
     }
 }
 
+/// `dots[i] = w[rows[i]] . x`, several rows at once and the next ones asked for: nothing of them is in a cache.
+///
+/// # Safety
+/// `rows` lie in the matrix at `w` and have places in `dots`, `n_cols` elements are readable at `x`, the processor has the
+/// instruction set of `L`.
+#[inline(always)]
+unsafe fn dots_of<L: Lanes, T: Element>(
+    w: *const T,
+    rows: &[u32],
+    n_cols: usize,
+    x: *const f32,
+    dots: &mut [f32],
+) {
+    let at = |i: usize| w.wrapping_add(rows[i.min(rows.len() - 1)] as usize * n_cols);
+    let mut i = 0;
+    while i < rows.len() {
+        let here: [_; LISTED_ROWS] = std::array::from_fn(|r| at(i + r));
+        let next: [_; LISTED_ROWS] = std::array::from_fn(|r| at(i + LISTED_ROWS + r));
+        // SAFETY: the rows lie in the matrix.
+        let of_rows = unsafe { dot::<L, T, LISTED_ROWS>(here, n_cols, x, next) };
+        let n = LISTED_ROWS.min(rows.len() - i);
+        dots[i..i + n].copy_from_slice(&of_rows[..n]);
+        i += n;
+    }
+}
+
 /// Dots of `R` rows with `x`; asks for the lines of `next` on the way.
 ///
 /// # Safety
@@ -281,7 +307,7 @@ unsafe fn dot<L: Lanes, T: Element, const R: usize>(
                 let mut byte = 0;
                 while byte < step * size_of::<T>() {
                     L::prefetch(next.wrapping_add(col).cast::<u8>().wrapping_add(byte));
-                    byte += 64;
+                    byte += LINE_BYTES;
                 }
             }
             for a in 0..ACCS {
@@ -541,32 +567,28 @@ unsafe fn gate_up_chunk<L: Signs + Scores>(args: &GateUp<'_>, chunk: usize) {
                     let skip = skip.slice(row0, n_rows);
                     rows[..n_kept].iter().for_each(|&row| skip[row as usize - row0] = false);
                 }
-                let mut n_active = 0;
+                let mut gates = [0.0; MLP_ROWS];
                 with_elements!(args.w.gate.data, w => {
-                    for i in 0..n_kept {
-                        let row = rows[i];
-                        let next = rows[(i + 1).min(n_kept - 1)] as usize;
-                        let dot = dot::<L, _, 1>(
-                            [w.add(row as usize * n_cols)], n_cols, x, [w.add(next * n_cols)]);
-                        let gate = args.activation.apply(dot[0]);
-                        if gate != 0.0 {
-                            rows[n_active] = row;
-                            h[n_active] = gate;
-                            n_active += 1;
-                        }
-                    }
+                    dots_of::<L, _>(w, &rows[..n_kept], n_cols, x, &mut gates);
                 });
+                let mut n_active = 0;
+                for (i, &gate) in gates[..n_kept].iter().enumerate() {
+                    let gate = args.activation.apply(gate);
+                    if gate != 0.0 {
+                        rows[n_active] = rows[i];
+                        h[n_active] = gate;
+                        n_active += 1;
+                    }
+                }
                 *counts = MlpCounts { n_kept, n_active };
             }
         }
+        let n_active = counts.n_active;
+        let mut ups = [0.0; MLP_ROWS];
         with_elements!(args.w.up.data, w => {
-            for i in 0..counts.n_active {
-                let next = rows[(i + 1).min(counts.n_active - 1)] as usize;
-                let dot = dot::<L, _, 1>(
-                    [w.add(rows[i] as usize * n_cols)], n_cols, x, [w.add(next * n_cols)]);
-                h[i] *= dot[0];
-            }
+            dots_of::<L, _>(w, &rows[..n_active], n_cols, x, &mut ups);
         });
+        h.iter_mut().zip(&ups[..n_active]).for_each(|(h, up)| *h *= up);
     }
 }
 
@@ -588,33 +610,21 @@ unsafe fn audit_chunk<L: Lanes>(args: &Audit<'_>, chunk: usize) {
             let (mut skipped, mut gates) = ([0; AUDIT_ROWS], [0.0; AUDIT_ROWS]);
             let mut n_skipped = 0;
             for &row in &args.sample[part(chunk, args.sample.len())] {
-                skipped[n_skipped] = row as usize;
+                skipped[n_skipped] = row;
                 n_skipped += usize::from(args.skip[row as usize]);
             }
             let skipped = &skipped[..n_skipped];
-            with_elements!(args.w.gate.data, w => {
-                // Several rows at once and the next ones asked for: nothing of them is in a cache.
-                let mut i = 0;
-                while i < n_skipped {
-                    let at = |i: usize| w.wrapping_add(skipped[i.min(n_skipped - 1)] * n_cols);
-                    let rows: [_; AUDIT_DOTS] = std::array::from_fn(|r| at(i + r));
-                    let next: [_; AUDIT_DOTS] = std::array::from_fn(|r| at(i + AUDIT_DOTS + r));
-                    let dots = dot::<L, _, AUDIT_DOTS>(rows, n_cols, x, next);
-                    let n = AUDIT_DOTS.min(n_skipped - i);
-                    gates[i..i + n].copy_from_slice(&dots[..n]);
-                    i += n;
-                }
-            });
+            with_elements!(args.w.gate.data, w => dots_of::<L, _>(w, skipped, n_cols, x, &mut gates));
             sums.n_skipped = n_skipped;
             for (&row, gate) in skipped.iter().zip(gates) {
                 let gate = args.activation.apply(gate);
                 if gate != 0.0 {
                     let up = with_elements!(args.w.up.data, w => {
-                        let w = w.add(row * n_cols);
+                        let w = w.add(row as usize * n_cols);
                         dot::<L, _, 1>([w], n_cols, x, [w])[0]
                     });
                     sums.n_missed += 1;
-                    sums.missed_energy += energy::<L>(&args.w.down_t, row, gate * up);
+                    sums.missed_energy += energy::<L>(&args.w.down_t, row as usize, gate * up);
                 }
             }
         } else {
@@ -666,6 +676,25 @@ unsafe fn squares<L: Lanes, T: Element>(w: *const T, n_cols: usize) -> f32 {
     }
 }
 
+/// Asks for the words of `n_rows` rows from `row` on, where a predictor has some: the processor's own streams of lines end
+/// with each page, which is every few rows.
+#[inline(always)]
+fn ask_for_words<L: Lanes>(select: &Rows<'_>, row: usize, n_rows: usize) {
+    let ask = |words: &[u32], n_words: usize, row: usize| {
+        prefetch::<L, _>(words.as_ptr().wrapping_add(row * n_words), n_rows * n_words);
+    };
+    match select {
+        Rows::Predicted { signs, .. } => ask(signs.words, signs.n_words, row),
+        Rows::Scored { planes: BitPlanes { signs, low }, .. } => {
+            ask(signs.words, signs.n_words, row);
+            for plane in 0..low.len() / signs.words.len().max(1) {
+                ask(low, signs.n_words, plane * signs.n_rows + row);
+            }
+        }
+        Rows::All | Rows::Active | Rows::LowRank { .. } => {}
+    }
+}
+
 /// Lists the rows from `row0` on, as many as `rows` has places, that the predictor keeps; returns their number.
 ///
 /// # Safety
@@ -676,6 +705,7 @@ unsafe fn keep<L: Signs + Scores>(args: &GateUp<'_>, row0: usize, rows: &mut [u3
     let (mut n_kept, mut row) = (0, row0);
     while row < row0 + n_rows {
         let n_group = signs::GROUP.min(row0 + n_rows - row);
+        ask_for_words::<L>(&args.select, row + n_group, signs::GROUP);
         // SAFETY: the rows lie in the matrices; the rest is the caller's promise.
         let kept: [bool; signs::GROUP] = unsafe {
             match &args.select {

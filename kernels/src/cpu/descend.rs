@@ -28,7 +28,7 @@ use super::Isa;
 use super::decode::dispatch;
 #[cfg(target_arch = "x86_64")]
 use super::lanes::{Avx2, Avx512};
-use super::lanes::{Lanes, Portable};
+use super::lanes::{LINE_BYTES, Lanes, Portable};
 use super::pool::{Pool, Shared};
 use super::{Cpu, ShapeError, check};
 
@@ -40,8 +40,6 @@ const LOOK: usize = 16;
 const SPAN: usize = 8 * TILE;
 /// Rows in a chunk, which share each row of H that comes from beyond L2.
 const ROWS: usize = 128;
-/// Bytes of a cache line.
-const LINE_BYTES: usize = 64;
 
 macro_rules! entries {
     ($isa:ident, $lanes:ty $(, $feature:literal)?) => {

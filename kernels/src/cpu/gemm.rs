@@ -29,7 +29,7 @@
 use super::Isa;
 #[cfg(target_arch = "x86_64")]
 use super::lanes::{Avx2, Avx512};
-use super::lanes::{Element, LANES_MAX, Lanes, Portable, load_partial};
+use super::lanes::{Element, LANES_MAX, LINE_BYTES, Lanes, Portable, load_partial, prefetch};
 use super::pool::{Pool, Shared};
 use crate::{Elements, Matrix};
 use std::sync::{Mutex, PoisonError, TryLockError};
@@ -41,8 +41,6 @@ const K_BLOCK: usize = 128;
 const K_STRIDE: usize = K_BLOCK + 16;
 /// Summed elements between two requests for later weights: a cache line of f16.
 const K_STEP: usize = 32;
-/// Bytes of a cache line.
-const LINE_BYTES: usize = 64;
 /// Weight rows in a chunk of `matmul`: a multiple of the height of each tile.
 const GROUP: usize = 24;
 /// Panels in the largest chunk of `matmul_t`; a panel is as many columns as a tile.
@@ -518,14 +516,6 @@ unsafe fn matmul_rows<L: Lanes, T: Element>(plan: &Plan<'_>, w: &[T], chunk: usi
                 }
             }
         }
-    }
-}
-
-/// Asks for the cache lines of `n` elements at `src`, which may be any address.
-#[inline(always)]
-fn prefetch<L: Lanes, T>(src: *const T, n: usize) {
-    for line in 0..(n * size_of::<T>()).div_ceil(LINE_BYTES) {
-        L::prefetch(src.cast::<u8>().wrapping_add(line * LINE_BYTES));
     }
 }
 

@@ -50,6 +50,17 @@ pub(super) trait Lanes {
     fn prefetch(src: *const u8);
 }
 
+/// Bytes of a cache line.
+pub(super) const LINE_BYTES: usize = 64;
+
+/// Asks for the cache lines of `n` elements at `src`, which may be any address.
+#[inline(always)]
+pub(super) fn prefetch<L: Lanes, T>(src: *const T, n: usize) {
+    for line in 0..(n * size_of::<T>()).div_ceil(LINE_BYTES) {
+        L::prefetch(src.cast::<u8>().wrapping_add(line * LINE_BYTES));
+    }
+}
+
 /// A weight type that [`Lanes`] can load.
 pub(super) trait Element: Copy + Sync {
     /// Zero.
