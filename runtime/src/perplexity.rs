@@ -211,7 +211,7 @@ pub fn perplexity(
         mean_nll: own.mean(),
         ppl: own.mean().exp(),
         nll_per_window,
-        divergence: dense.is_some().then(|| distance.divergence(&reference)),
+        divergence: dense.is_some().then(|| distance.divergence(reference.mean().exp())),
         layers: observer.layers(session, options.alpha_scale),
         audit: session.audit(),
     })
@@ -282,11 +282,11 @@ impl Distance {
         self.n_positions += 1;
     }
 
-    /// What the positions added come to; `reference` holds the dense run's likelihood.
-    pub fn divergence(&self, reference: &Likelihood) -> Divergence {
+    /// What the positions added come to; `dense_ppl` is the dense run's perplexity over them.
+    pub fn divergence(&self, dense_ppl: f64) -> Divergence {
         let n_positions = self.n_positions as f64;
         Divergence {
-            dense_ppl: reference.mean().exp(),
+            dense_ppl,
             kl_mean: ratio(self.sum_kl, n_positions),
             kl_max: self.max_kl,
             top1_agreement: ratio(self.n_same_top as f64, n_positions),
@@ -512,7 +512,7 @@ mod tests {
         assert!((distance.sum_kl - 0.25 * 2.0_f64.ln()).abs() < 1e-6, "{distance:?}");
         assert_eq!(distance.n_same_top, 0);
         distance.add(of_both[1]);
-        let divergence = distance.divergence(&Likelihood { sum_nll: 0.0, n_tokens: 2 });
+        let divergence = distance.divergence(Likelihood { sum_nll: 0.0, n_tokens: 2 }.mean().exp());
         assert!((divergence.kl_mean - 0.125 * 2.0_f64.ln()).abs() < 1e-6);
         assert!((divergence.kl_max - 0.25 * 2.0_f64.ln()).abs() < 1e-6);
         assert_close(divergence.top1_agreement, 0.5);

@@ -117,7 +117,7 @@ pub(crate) fn measure(
     let mut observer =
         Observer { masking, n_layers, cpu: &cpu, rows: RowObserver::new(session.model(), &cpu) };
     let mut distance = Distance::default();
-    let (mut own, mut dense_likelihood) = (Likelihood::default(), Likelihood::default());
+    let mut own = Likelihood::default();
     let mut divergences = Vec::with_capacity(reference.n_tokens());
     let mut residues = vec![(0.0, 0.0); n_layers];
     let mut dense = &reference.logits[..];
@@ -130,12 +130,8 @@ pub(crate) fn measure(
         session.forward_batch(inputs, is_masked, Some(&mut logits), Some(&mut observer))?;
         let (of_window, rest) = dense.split_at(logits.len());
         dense = rest;
-        let add = |likelihood: &mut Likelihood, logits: &[f32]| {
-            let nlls = negative_log_likelihoods(&cpu, logits, targets, vocab_size);
-            nlls.into_iter().for_each(|nll| likelihood.add(nll));
-        };
-        add(&mut own, &logits);
-        add(&mut dense_likelihood, of_window);
+        let nlls = negative_log_likelihoods(&cpu, &logits, targets, vocab_size);
+        nlls.into_iter().for_each(|nll| own.add(nll));
         for (idx, separation) in separations(&cpu, of_window, &logits, vocab_size).into_iter().enumerate() {
             distance.add(separation);
             let (sum, n) = &mut residues[idx % n_layers];
@@ -146,7 +142,7 @@ pub(crate) fn measure(
         progress.check()?;
     }
     divergences.sort_by(f64::total_cmp);
-    let divergence = distance.divergence(&dense_likelihood);
+    let divergence = distance.divergence(reference.dense_ppl);
     Ok(Measured {
         ppl: own.mean().exp(),
         kl_mean: divergence.kl_mean,
