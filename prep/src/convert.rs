@@ -165,10 +165,8 @@ pub fn convert(
         kernels::cuda::Device::open(ordinal as usize).map_err(RuntimeError::from)?;
     }
 
-    check_is_no_input(
-        out,
-        inputs(folder, &checkpoint, &tokenizer_files, &predictor).iter().map(PathBuf::as_path),
-    )?;
+    let small_files = small_files(folder, &checkpoint, tokenizer_files);
+    check_is_no_input(out, inputs(&checkpoint, &small_files, &predictor))?;
     let mut writer = Writer::create(out, &config, ALIGNMENT_BYTES, options.force)?;
     let weights_started = Instant::now();
     let with_signs = !matches!(predictor, Plan::Exact);
@@ -183,7 +181,9 @@ pub fn convert(
     let mut source_files = stream.write(&mut writer, progress)?;
     let weights_seconds = weights_started.elapsed().as_secs_f64();
     let n_source_bytes: u64 = source_files.iter().map(|file| file.len_bytes).sum();
-    source_files.extend(small_files(folder, &checkpoint, &tokenizer_files)?);
+    for path in &small_files {
+        source_files.push(hash_file(path)?);
+    }
     if let Plan::Calibrated { imported, .. } = &predictor {
         source_files.extend(imported.iter().cloned());
     }
@@ -258,16 +258,9 @@ pub fn convert(
 }
 
 /// Every file that a conversion reads.
-fn inputs(
-    folder: &Path,
-    checkpoint: &Checkpoint,
-    tokenizer_files: &[PathBuf],
-    predictor: &Plan<'_>,
-) -> Vec<PathBuf> {
-    let mut inputs = vec![folder.join(CONFIG_FILE)];
+fn inputs(checkpoint: &Checkpoint, small_files: &[PathBuf], predictor: &Plan<'_>) -> Vec<PathBuf> {
+    let mut inputs = small_files.to_vec();
     inputs.extend(checkpoint.shards().iter().map(|shard| shard.path.clone()));
-    inputs.extend(checkpoint.index().map(Path::to_owned));
-    inputs.extend(tokenizer_files.iter().cloned());
     if let Plan::Calibrated { options, imported, .. } = predictor {
         inputs.extend(options.text.clone());
         if let LowRankOptions::Imported { folder, .. } = &options.low_rank {
@@ -527,16 +520,9 @@ fn write_section<const N: usize>(
 }
 
 /// Source files that hold no weights.
-fn small_files(
-    folder: &Path,
-    checkpoint: &Checkpoint,
-    tokenizer_files: &[PathBuf],
-) -> Result<Vec<SourceFile>, PrepError> {
-    let config = folder.join(CONFIG_FILE);
-    let index = checkpoint.index().into_iter();
-    let files =
-        std::iter::once(config.as_path()).chain(index).chain(tokenizer_files.iter().map(|file| &**file));
-    files.map(hash_file).collect()
+fn small_files(folder: &Path, checkpoint: &Checkpoint, tokenizer_files: Vec<PathBuf>) -> Vec<PathBuf> {
+    let index = checkpoint.index().map(Path::to_owned);
+    std::iter::once(folder.join(CONFIG_FILE)).chain(index).chain(tokenizer_files).collect()
 }
 
 /// The folder's own name, also where it is given as `.` or through a link.

@@ -10,15 +10,15 @@ use crate::PrepError;
 ///
 /// # Errors
 /// [`PrepError::OutputIsInput`].
-pub(crate) fn check_is_no_input<'a>(
+pub(crate) fn check_is_no_input(
     out: &Path,
-    inputs: impl IntoIterator<Item = &'a Path>,
+    inputs: impl IntoIterator<Item: AsRef<Path>>,
 ) -> Result<(), PrepError> {
     let real = |path: &Path| std::fs::canonicalize(path).ok();
-    let written: Vec<_> =
-        [real(out), partial_path(out).and_then(|path| real(&path))].into_iter().flatten().collect();
-    match inputs.into_iter().find(|input| real(input).is_some_and(|input| written.contains(&input))) {
-        Some(input) => Err(PrepError::OutputIsInput { path: input.to_owned() }),
+    let written = [real(out), partial_path(out).and_then(|path| real(&path))];
+    let is_written = |input: &Path| real(input).is_some_and(|input| written.contains(&Some(input)));
+    match inputs.into_iter().find(|input| is_written(input.as_ref())) {
+        Some(input) => Err(PrepError::OutputIsInput { path: input.as_ref().to_owned() }),
         None => Ok(()),
     }
 }
