@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use format_spec::DType;
+use runtime::N_THREADS_MAX;
 use runtime::device::Device;
 
 use crate::synth::SynthArgs;
@@ -283,9 +284,6 @@ pub enum ImportActivation {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Alphas(pub Vec<f64>);
 
-/// Most threads: those of the runtime.
-const MAX_THREADS: usize = 1024;
-
 /// Most values of `--alpha`: more layers than any model has.
 const MAX_ALPHAS: usize = 4096;
 
@@ -376,8 +374,8 @@ fn parse_divergence(text: &str) -> Result<f64, String> {
 
 /// A number of threads.
 fn parse_threads(text: &str) -> Result<usize, String> {
-    let n_threads = text.parse().ok().filter(|n_threads| (0..=MAX_THREADS).contains(n_threads));
-    n_threads.ok_or_else(|| format!("expected a whole number from 0 to {MAX_THREADS}, found {text:?}"))
+    let n_threads = text.parse().ok().filter(|n_threads| *n_threads <= N_THREADS_MAX);
+    n_threads.ok_or_else(|| format!("expected a whole number from 0 to {N_THREADS_MAX}, found {text:?}"))
 }
 
 /// A number from 0 to 1.

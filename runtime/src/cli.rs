@@ -11,7 +11,7 @@ use clap::{ArgAction, CommandFactory, Parser, ValueEnum};
 use runtime::chat::ChatFormat;
 use runtime::device::Device;
 use runtime::sampler::SamplerOptions;
-use runtime::{AuditOptions, MlpMode};
+use runtime::{AuditOptions, MlpMode, N_THREADS_MAX};
 
 /// Generates text with a .sinf model, reading only the MLP rows that its predictor keeps.
 #[derive(Debug, Parser)]
@@ -101,7 +101,7 @@ pub(crate) struct Cli {
     #[arg(long, value_name = "NAME", help_heading = "Machine", default_value_t = Device::Auto)]
     pub(crate) device: Device,
     /// Threads, 0 for one on each core
-    #[arg(short, long, value_name = "N", help_heading = "Machine", default_value_t = 0, value_parser = count(0..=1024))]
+    #[arg(short, long, value_name = "N", help_heading = "Machine", default_value_t = 0, value_parser = count(0..=N_THREADS_MAX))]
     pub(crate) threads: usize,
     /// MLP rows that decoding reads: those kept by the stored predictor, those that are active, or all
     #[arg(long, value_enum, value_name = "MODE", help_heading = "Machine", default_value_t = Predictor::Stored)]

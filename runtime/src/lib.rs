@@ -27,8 +27,8 @@ pub use audit::{AuditOptions, AuditReport, Estimate, LayerAudit};
 pub use error::RuntimeError;
 pub use model::Model;
 pub use session::{
-    LayerPrediction, LayerUsage, MlpBatch, MlpMode, MlpObserver, PredictionLimit, Session, SessionOptions,
-    Usage,
+    LayerPrediction, LayerUsage, MlpBatch, MlpMode, MlpObserver, N_THREADS_MAX, PredictionLimit, Session,
+    SessionOptions, Usage,
 };
 pub use text::{Ready, TextStream};
 pub use tokenizer::{Tokenizer, TokenizerError};

@@ -14,6 +14,9 @@ use crate::sampler::{SampleError, Sampler, SamplerOptions};
 use crate::steps::Step;
 use crate::{Model, RuntimeError};
 
+/// Most threads that the command lines take.
+pub const N_THREADS_MAX: usize = 1024;
+
 /// What a session needs to know up front.
 #[derive(Clone, Debug)]
 pub struct SessionOptions {
