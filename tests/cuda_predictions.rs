@@ -294,10 +294,10 @@ fn eval_finds_on_a_gpu_what_it_finds_on_a_cpu() {
     for (cpu, gpu) in cpu.iter().zip(&gpu) {
         assert_eq!((&cpu["predictor"], &cpu["target_kl"]), (&gpu["predictor"], &gpu["target_kl"]));
         let name = format!("{} for {}", cpu["predictor"], cpu["target_kl"]);
-        // What is fitted comes out different, as sums in another order move a choice of limits or kinds on few tokens; a rule
-        // or a record does not.
+        // What is fitted comes out different: the search for limits ends at the first that come near enough to the target on
+        // a few windows, and sums in another order can end it a step earlier. A rule or a record does not.
         let is_fitted = !cpu["target_kl"].is_null();
-        let (kl_share, kept) = if is_fitted { (0.5, 0.03) } else { (0.05, 0.002) };
+        let (kl_share, kept) = if is_fitted { (0.6, 0.06) } else { (0.05, 0.002) };
         let kl = number(cpu, "kl_mean");
         println!(
             "{name}: KL {kl:.6} and {:.6}, kept {:.4} and {:.4}, tok/s {:.0} and {:.0}",

@@ -3,19 +3,19 @@
 
 use super::gemm::check_grid;
 use super::launch::{LowRankArgs, RowsArgs, check_aligned, check_floats};
-use super::{Buffer, CudaError, Device, DeviceLowRank, DeviceRows, DeviceThresholds, Quantised, View};
+use super::{Buffer, CudaError, Device, DeviceLowRank, DeviceRows, DeviceThresholds, Dtype, Quantised, View};
 use crate::shape::{DOT_CHAINS, DOT_SEGMENT, check};
 
 const WARP: usize = 32;
 /// Threads of a block over a batch, and its rows of the second factor.
 const BATCH_THREADS: usize = 128;
 const BATCH_ROWS: usize = 32;
-/// Threads of a block of the kernel for one token, a scout's among them.
-const TOKEN_THREADS: usize = 512 + WARP;
+/// Threads of a block of the kernel for one token.
+const TOKEN_THREADS: usize = 512;
 /// Columns that it takes whole multiples of: segments of a dot product, and steps of the words of signs.
 const TOKEN_COLS: usize = 512;
-/// Floats that a scout reads in place of sums of segments.
-const SCOUT_FLOATS: usize = 4 * DOT_CHAINS;
+/// Its rows of the second factor that a warp scores at a time, as SCORE_ROWS in scores.cuh.
+const TOKEN_ROWS: usize = 8;
 
 /// The predictor of low rank over a batch.
 #[derive(Clone, Copy, Debug)]
@@ -180,7 +180,7 @@ impl Device {
     }
 
     /// What [`Device::prefill_skip_low_rank`] gives for one token, in one kernel where the rank is a multiple of 8 and
-    /// columns of 512, and the sums of a block fit shared memory.
+    /// columns of 512, and what a block holds of them fits shared memory.
     ///
     /// # Errors
     /// As there; [`CudaError::Shape`] for more tokens or a rank above that of `scratch`.
@@ -200,13 +200,18 @@ impl Device {
         // The kernel multiplies two rows of the first factor at a time.
         let (block_rows, block_inner) =
             (n_rows.div_ceil(n_blocks), rank.div_ceil(n_blocks).next_multiple_of(2));
-        let inner_floats = rank.next_multiple_of(SCOUT_FLOATS);
-        let sums = block_inner * (n_cols / DOT_SEGMENT) * DOT_CHAINS;
-        // The scout reads x in place of a row of the second factor.
-        let takes = rank.is_multiple_of(8) && n_cols.is_multiple_of(TOKEN_COLS) && rank <= 2 * n_cols;
-        let (true, Ok(shared_bytes)) =
-            (takes, self.check_shared((2 * inner_floats + sums) * size_of::<f32>()))
-        else {
+        let inner_floats = rank.next_multiple_of(DOT_CHAINS);
+        let n_sums = block_inner * (n_cols / DOT_SEGMENT) * DOT_CHAINS;
+        let fc1_bytes = block_inner * n_cols * Dtype::F16.n_bytes();
+        let sign_bytes = match call.factors.residual {
+            None => 0,
+            Some(_) => {
+                block_rows.next_multiple_of(TOKEN_ROWS).min(TOKEN_THREADS / WARP * TOKEN_ROWS) * n_cols / 8
+            }
+        };
+        let takes = rank.is_multiple_of(8) && n_cols.is_multiple_of(TOKEN_COLS);
+        let bytes = (inner_floats + n_sums) * size_of::<f32>() + fc1_bytes + sign_bytes;
+        let (true, Ok(shared_bytes)) = (takes, self.check_shared(bytes)) else {
             return self
                 .prefill_skip_low_rank(call, scratch.products.view().slice(0, rank * size_of::<f32>()));
         };
