@@ -124,6 +124,13 @@ macro_rules! entries {
                 unsafe { <$lanes as Signs>::n_neg(rows, n_rows, n_words, x_words, n_neg) }
             }
             /// # Safety
+            /// That of [`Scores::arrange`].
+            $(#[target_feature(enable = $feature)])?
+            pub(super) unsafe fn arrange(q: &mut [i8]) {
+                // SAFETY: the caller's promise.
+                unsafe { <$lanes as Scores>::arrange(q) }
+            }
+            /// # Safety
             /// That of [`scores::scores`].
             $(#[target_feature(enable = $feature)])?
             pub(super) unsafe fn scores(
@@ -429,11 +436,11 @@ pub(super) fn mlp(
     match select {
         Rows::All | Rows::Active => {}
         Rows::Predicted { .. } => sign_pack(isa, x, &mut scratch.x_words),
-        Rows::Scored { .. } => quantised = scores::quantise(x, &mut scratch.q),
+        Rows::Scored { .. } => quantised = quantise(isa, x, &mut scratch.q),
         Rows::LowRank { factors, .. } => {
             low_rank::product(isa, pool, &factors.fc1, 1, x, &mut scratch.inner, factors.relu);
             if factors.residual.is_some() {
-                quantised = scores::quantise(x, &mut scratch.q);
+                quantised = quantise(isa, x, &mut scratch.q);
             }
         }
     }
@@ -842,6 +849,13 @@ pub(super) fn n_neg(isa: Isa, words: &[u32], x_words: &[u32], n_neg: &mut [u32])
         let rows = words[group * signs::GROUP * n_words..].as_ptr();
         dispatch!(isa, n_neg, rows, n_neg.len(), n_words, x_words.as_ptr(), n_neg.as_mut_ptr());
     }
+}
+
+/// `x` in 8 bits, as [`scores`] takes it.
+pub(super) fn quantise<'q>(isa: Isa, x: &[f32], q: &'q mut [i8]) -> Quantised<'q> {
+    let Quantised { scale, total, .. } = scores::quantise(x, q);
+    dispatch!(isa, arrange, q);
+    Quantised { q, scale, total }
 }
 
 /// Scores of the rows of `planes` from `row0` on, as many as `out` has places.

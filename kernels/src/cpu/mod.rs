@@ -457,14 +457,16 @@ impl Cpu {
         let mut q = vec![0; n_tokens * q_len];
         let mut quantised = vec![None; n_tokens];
         let of_token = quantised.iter_mut().zip(q.chunks_mut(q_len.max(1)));
+        let is_batch = self.isa == Isa::Avx512 && n_tokens >= SCORE_TOKENS_MIN && n_cols > 0;
         self.for_each(of_token.enumerate(), |(token, (quantised, q))| {
-            *quantised = Some(scores::quantise(&x[token * n_cols..][..n_cols], q));
+            let x = &x[token * n_cols..][..n_cols];
+            *quantised = Some(if is_batch { scores::quantise(x, q) } else { decode::quantise(self.isa, x, q) });
         });
         // Without columns there are no chunks of q, and sums are empty.
         let none = scores::Quantised { q: &[], scale: 0.0, total: 0 };
         let quantised: Vec<_> = quantised.into_iter().map(|x| x.unwrap_or(none)).collect();
         #[cfg(target_arch = "x86_64")]
-        if self.isa == Isa::Avx512 && n_tokens >= SCORE_TOKENS_MIN && n_cols > 0 {
+        if is_batch {
             let x = score_batch::Biased::new(quantised.iter().map(|x| x.q), q_len);
             self.pool.run(n_rows.div_ceil(score_batch::ROWS), &|chunk| {
                 let row = chunk * score_batch::ROWS;
@@ -578,8 +580,7 @@ impl Cpu {
 const TOKENS: usize = 8;
 /// Rows in a chunk of [`Cpu::n_neg`].
 const N_NEG_ROWS: usize = 512;
-/// Inputs from which on rows are worth making into numbers for [`Cpu::scores`].
-#[cfg(target_arch = "x86_64")]
+/// Inputs from which on rows are worth making into numbers for [`Cpu::scores`], on AVX-512.
 const SCORE_TOKENS_MIN: usize = 8;
 /// Rows in a chunk of [`Cpu::scores`].
 const SCORE_ROWS: usize = 256;

@@ -6,10 +6,12 @@
 //! Reference  reference::quantise, reference::score; equal bit for bit
 //! Shapes     x (n_cols,) f32; planes (n_rows, n_words) u32 each, row-major; q (n_words * 32 rounded up to Q_MULTIPLE,)
 //! Needs      n_rows <= GROUP, at most PLANES_MAX planes, q zero from n_cols on, so that no bit there counts
-//! Lanes      AVX-512: 64 columns, a plane's bits as the mask of a load, VPDPBUSD adds four products to a lane;
-//!            AVX2: 32 columns, bits spread to bytes, VPMADDUBSW adds two products to 16 bits; else bytes by a table
-//! Tail       AVX-512: the last odd word as a mask of 32; else none, words are whole
+//! Lanes      AVX-512: 64 columns, lane b counts (VPOPCNTQ) what they share with the ones of bit b of q, worth 2^b, bit 7
+//!            -128; AVX2: 32 columns, bits spread to bytes, VPMADDUBSW adds two products to 16 bits; else bytes by a table
+//! Tail       AVX-512: the last odd word as one of 64 bits; else none, words are whole
 //! Many       inputs at once on AVX-512 go through `score_batch`
+//! Measured   one core of an EPYC (Zen 5), 4096 columns in L2: 12 ns a row, where bits as the mask of a load of q, which
+//!            VPDPBUSD adds, took 22; by instruction tables the two are level on Sapphire Rapids
 
 #[cfg(target_arch = "x86_64")]
 use super::lanes::{Avx2, Avx512};
@@ -25,10 +27,10 @@ pub(super) fn q_len(n_cols: usize) -> usize {
     n_cols.next_multiple_of(Q_MULTIPLE)
 }
 
-/// An input in 8 bits, as [`Scores`] takes it.
+/// An input in 8 bits.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Quantised<'a> {
-    /// Zero from the last column on.
+    /// Zero from the last column on; in order, or as [`Scores::arrange`] leaves it.
     pub(super) q: &'a [i8],
     /// `127 / max |x|`, or 0.
     pub(super) scale: f32,
@@ -36,7 +38,7 @@ pub(super) struct Quantised<'a> {
     pub(super) total: i32,
 }
 
-/// Fills `q`, which holds [`q_len`] elements, with `x` in 8 bits.
+/// Fills `q`, which holds [`q_len`] elements, with `x` in 8 bits, in order.
 pub(super) fn quantise<'q>(x: &[f32], q: &'q mut [i8]) -> Quantised<'q> {
     /// Adding it leaves the nearest integer, halves to even, in the low bits of a sum below 2^22.
     const ROUND: f32 = 12_582_912.0;
@@ -60,8 +62,11 @@ pub(super) fn quantise<'q>(x: &[f32], q: &'q mut [i8]) -> Quantised<'q> {
 /// # Safety
 /// As for [`Lanes`]; AVX-512 has VNNI.
 pub(super) trait Scores: Lanes {
+    /// Brings values in order, a multiple of [`Q_MULTIPLE`], into that in which `negative_sums` reads them.
+    unsafe fn arrange(_q: &mut [i8]) {}
+
     /// `sums[r] = sum_p 2^(P - 1 - p) sum_{c: bit_p[r][c] = 1} q[c]` for `n_rows <= GROUP` rows of `n_words`, one after
-    /// the other in each of the P planes; `q` holds 32 values a word, rounded up to [`Q_MULTIPLE`].
+    /// the other in each of the P planes; `q`, arranged, holds 32 values a word, rounded up to [`Q_MULTIPLE`].
     unsafe fn negative_sums<const P: usize>(
         planes: [*const u32; P],
         n_rows: usize,
@@ -206,6 +211,22 @@ impl Scores for Avx2 {
 
 #[cfg(target_arch = "x86_64")]
 impl Scores for Avx512 {
+    /// The eight words of bits of 64 columns, in the place of their bytes.
+    #[inline(always)]
+    unsafe fn arrange(q: &mut [i8]) {
+        use std::arch::x86_64::*;
+        for block in q.as_chunks_mut::<Q_MULTIPLE>().0 {
+            // SAFETY: the caller promises the instruction set; a block is as long as a vector.
+            unsafe {
+                let values = _mm512_loadu_si512(block.as_ptr().cast());
+                let words: [u64; 8] = std::array::from_fn(|bit| {
+                    _mm512_test_epi8_mask(values, _mm512_set1_epi8((1_u8 << bit) as i8))
+                });
+                block.as_mut_ptr().cast::<[u64; 8]>().write_unaligned(words);
+            }
+        }
+    }
+
     #[inline(always)]
     unsafe fn negative_sums<const P: usize>(
         planes: [*const u32; P],
@@ -216,34 +237,40 @@ impl Scores for Avx512 {
     ) {
         use std::arch::x86_64::*;
         /// Rows at once: each is a chain of additions, and they share the loads of q.
-        const ROWS: usize = 4;
+        const ROWS: usize = 8;
         // SAFETY: the caller promises the instruction set; pairs of words and the last word lie below n_words, rows
         // below n_rows (a missing one repeats the last), and q holds the 64 values of the last word too.
         unsafe {
+            let bits = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
             let mut r = 0;
             while r < n_rows {
                 let row: [usize; ROWS] = std::array::from_fn(|i| (r + i).min(n_rows - 1) * n_words);
-                let mut acc = [_mm512_setzero_si512(); ROWS];
-                let mut word = 0;
-                while word < n_words {
-                    let is_pair = word + 1 < n_words;
-                    for (p, plane) in planes.iter().enumerate() {
-                        let weight = _mm512_set1_epi8(1 << (P - 1 - p));
-                        for (acc, row) in acc.iter_mut().zip(row) {
-                            let words = plane.add(row + word);
-                            let bits = if is_pair {
-                                words.cast::<u64>().read_unaligned()
-                            } else {
-                                u64::from(*words)
-                            };
-                            let negative = _mm512_maskz_loadu_epi8(bits, q.add(word * 32));
-                            *acc = _mm512_dpbusd_epi32(*acc, weight, negative);
-                        }
+                let mut counts = [_mm512_setzero_si512(); ROWS];
+                for plane in planes {
+                    for counts in &mut counts {
+                        *counts = _mm512_add_epi64(*counts, *counts);
                     }
-                    word += 2;
+                    let mut word = 0;
+                    while word < n_words {
+                        let is_pair = word + 1 < n_words;
+                        let q = _mm512_loadu_si512(q.add(word * 32).cast());
+                        for (counts, row) in counts.iter_mut().zip(row) {
+                            let words = plane.add(row + word);
+                            let words = if is_pair {
+                                words.cast::<i64>().read_unaligned()
+                            } else {
+                                i64::from(*words)
+                            };
+                            let shared = _mm512_and_si512(q, _mm512_set1_epi64(words));
+                            *counts = _mm512_add_epi64(*counts, _mm512_popcnt_epi64(shared));
+                        }
+                        word += 2;
+                    }
                 }
-                for (i, acc) in acc.iter().enumerate().take(n_rows - r) {
-                    *sums.add(r + i) = _mm512_reduce_add_epi32(*acc);
+                for (i, counts) in counts.iter().enumerate().take(n_rows - r) {
+                    let worth = _mm512_sllv_epi64(*counts, bits);
+                    let worth = _mm512_mask_sub_epi64(worth, 1 << 7, _mm512_setzero_si512(), worth);
+                    *sums.add(r + i) = _mm512_reduce_add_epi64(worth) as i32;
                 }
                 r += ROWS;
             }
