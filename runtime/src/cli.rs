@@ -226,6 +226,15 @@ impl<'a> Source<'a> {
     fn path(path: &'a Path) -> Self {
         if path.as_os_str() == "-" { Self::Stdin } else { Self::File(path) }
     }
+
+    /// What errors call it.
+    pub(crate) fn name(&self) -> String {
+        match self {
+            Self::Text(_) => "prompt".to_owned(),
+            Self::File(path) => path.display().to_string(),
+            Self::Stdin => "stdin".to_owned(),
+        }
+    }
 }
 
 /// What to do, flags that belong together checked.

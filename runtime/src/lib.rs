@@ -10,6 +10,7 @@ mod engine_cuda;
 mod error;
 mod forward;
 pub mod generate;
+pub mod interrupt;
 mod keep_share;
 mod kv_cache;
 mod map;

@@ -21,6 +21,7 @@ use runtime::device::{self, DeviceError};
 use runtime::generate::{
     GenerateError, GenerateOptions, Generated, N_BATCH_MAX, StopReason, check_prompt, generate,
 };
+use runtime::interrupt::on_interrupt;
 use runtime::perplexity::{Perplexity, PerplexityError, PerplexityOptions, join_documents, perplexity};
 use runtime::sampler::Candidate;
 use runtime::stats::{RowShares, Stats, Times};
@@ -253,6 +254,9 @@ fn write_statistics(
 ) -> io::Result<()> {
     writeln!(out)?;
     stats.write(out)?;
+    if let (Some(audit), None) = (cli.audit(seed), &stats.audit) {
+        writeln!(out, "audit   none of {} tokens, one comes in every {}", stats.n_decoded, audit.every)?;
+    }
     let stop_reason = generated.stop_reason.name();
     writeln!(out, "text    {} tokens, ended by {stop_reason}, seed {seed}", generated.ids.len())?;
     writeln!(out, "device  {}, predictor {}", session.backend(), cli.predictor.name())?;
@@ -294,6 +298,7 @@ fn run_perplexity(
     kl: bool,
     n_windows: Option<usize>,
 ) -> anyhow::Result<()> {
+    let name = text.name();
     let text = join_documents(&read(text)?);
     let model = open(cli, file)?;
     let (tokenizer, mut session) = tokenizer_and_session(cli, &model, cli.seed())?;
@@ -312,7 +317,11 @@ fn run_perplexity(
             say(format_args!("window {n_done}: perplexity {:.4} so far", mean_nll.exp()));
         }
     };
-    let result = perplexity(&mut session, dense.as_mut(), &ids, &options, &mut progress)?;
+    let result = perplexity(&mut session, dense.as_mut(), &ids, &options, &mut progress);
+    let result = result.map_err(|error| match error {
+        PerplexityError::TextTooShort { .. } => anyhow::Error::new(error).context(name),
+        _ => error.into(),
+    })?;
     if cli.json { print_json(&result) } else { Ok(write_perplexity(&mut io::stdout().lock(), &result)?) }
 }
 
@@ -383,7 +392,7 @@ impl TextOutput {
 fn catch_interrupts() -> anyhow::Result<Arc<AtomicBool>> {
     let interrupted = Arc::new(AtomicBool::new(false));
     let raised = Arc::clone(&interrupted);
-    ctrlc::set_handler(move || {
+    on_interrupt(move || {
         if raised.swap(true, Ordering::Relaxed) {
             std::process::exit(i32::from(INTERRUPTED));
         }
@@ -394,18 +403,16 @@ fn catch_interrupts() -> anyhow::Result<Arc<AtomicBool>> {
 
 /// All of a text.
 fn read(source: &Source<'_>) -> anyhow::Result<String> {
-    let (bytes, name) = match source {
+    let name = source.name();
+    let bytes = match source {
         Source::Text(text) => return Ok((*text).to_owned()),
-        Source::File(path) => {
-            let name = path.display().to_string();
-            (std::fs::read(path).with_context(|| format!("{name}: cannot read"))?, name)
-        }
+        Source::File(path) => std::fs::read(path),
         Source::Stdin => {
             let mut bytes = Vec::new();
-            io::stdin().lock().read_to_end(&mut bytes).context("stdin: cannot read")?;
-            (bytes, "stdin".to_owned())
+            io::stdin().lock().read_to_end(&mut bytes).map(|_| bytes)
         }
     };
+    let bytes = bytes.with_context(|| format!("{name}: cannot read"))?;
     String::from_utf8(bytes).map_err(|error| anyhow::anyhow!("{name}: {}", error.utf8_error()))
 }
 

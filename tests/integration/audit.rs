@@ -101,6 +101,10 @@ fn statistics_tell_what_audits_found() {
         assert!(stderr(&[]).contains(word), "the statistics lack {word}: {}", stderr(&[]));
     }
     assert!(!stderr(&[]).contains("adapt") && stderr(&["--adaptive"]).contains("adapt "));
+    let rare = ["-p", "A history of", "-n", "4", "--ignore-eos", "--audit", "1000000", "--seed", "1"];
+    let output = expect_success(runtime().arg(bundled_sinf()).args(rare));
+    let none = "audit   none of 3 tokens, one comes in every 1000000";
+    assert!(String::from_utf8_lossy(&output.stderr).contains(none));
     let bench = |more: &[&str]| {
         let line = ["--bench", "-p", "0", "-n", "64", "-r", "2", "--audit", "8"];
         String::from_utf8(expect_success(runtime().arg(bundled_sinf()).args(line).args(more)).stdout)

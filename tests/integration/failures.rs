@@ -2,7 +2,7 @@
 
 use std::io::Write;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use integration_tests::{binary, bundled_model, bundled_sinf, expect_error, expect_success, prep, runtime};
@@ -132,12 +132,23 @@ fn stdin_gives_the_prompt_and_may_be_closed() {
     assert_eq!(json["prompt_ids"], serde_json::json!([1]));
 }
 
-/// Ctrl-C: the text so far stands, the statistics follow, the exit code is 130.
 #[test]
-fn an_interrupt_ends_cleanly_with_statistics() {
-    let mut child = runtime()
+fn a_text_that_cannot_be_measured_is_named() {
+    let folder = tempfile::tempdir().expect("a scratch folder");
+    let text = folder.path().join("text.txt");
+    for (content, found) in [(&b""[..], "0 tokens"), (b"one\xff", "invalid utf-8")] {
+        std::fs::write(&text, content).expect("written");
+        let error = expect_error(runtime().arg(bundled_sinf()).arg("--perplexity").arg(&text), 1);
+        assert!(error.contains("text.txt: ") && error.contains(found), "{error}");
+    }
+}
+
+/// What becomes of a generation that gets `signal` while its text comes.
+fn signalled(command: &mut Command, signal: &str) -> Output {
+    let mut child = command
         .arg(bundled_sinf())
-        .args(["-p", "The", "-n", "500", "--ignore-eos", "--temp", "0", "-t", "1"])
+        .args(["-p", "The", "-n", "500", "--ignore-eos", "--temp", "0", "-t", "1", "--no-display-prompt"])
+        .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
@@ -146,11 +157,31 @@ fn an_interrupt_ends_cleanly_with_statistics() {
     let mut first = [0; 1];
     std::io::Read::read_exact(child.stdout.as_mut().expect("piped"), &mut first).expect("text comes");
     let started = Instant::now();
-    let sent = Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill runs");
+    let sent = Command::new("kill").args([signal, &child.id().to_string()]).status().expect("kill runs");
     assert!(sent.success());
     let output = child.wait_with_output().expect("reaped");
     assert!(started.elapsed() < Duration::from_secs(10));
+    output
+}
+
+/// Ctrl-C: the text so far stands, the statistics follow, the exit code is 130.
+#[test]
+fn an_interrupt_ends_cleanly_with_statistics() {
+    for signal in ["-INT", "-HUP"] {
+        let output = signalled(&mut runtime(), signal);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(130), "{signal}: {stderr}");
+        assert!(stderr.contains("tok/s"), "no statistics: {stderr}");
+    }
+}
+
+/// As `nohup` starts it: a terminal that closes does not end the run.
+#[test]
+fn a_run_that_ignores_hangups_outlives_its_terminal() {
+    let mut command = Command::new("sh");
+    command.args(["-c", r#"trap "" HUP; exec "$0" "$@""#]).arg(binary("runtime"));
+    let output = signalled(&mut command, "-HUP");
     let stderr = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(130), "{stderr}");
-    assert!(stderr.contains("tok/s"), "no statistics: {stderr}");
+    assert_eq!(output.status.code(), Some(0), "{stderr}");
+    assert!(stderr.contains("500 tokens, ended by length"), "{stderr}");
 }

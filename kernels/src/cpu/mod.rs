@@ -460,7 +460,8 @@ impl Cpu {
         let is_batch = self.isa == Isa::Avx512 && n_tokens >= SCORE_TOKENS_MIN && n_cols > 0;
         self.for_each(of_token.enumerate(), |(token, (quantised, q))| {
             let x = &x[token * n_cols..][..n_cols];
-            *quantised = Some(if is_batch { scores::quantise(x, q) } else { decode::quantise(self.isa, x, q) });
+            *quantised =
+                Some(if is_batch { scores::quantise(x, q) } else { decode::quantise(self.isa, x, q) });
         });
         // Without columns there are no chunks of q, and sums are empty.
         let none = scores::Quantised { q: &[], scale: 0.0, total: 0 };
