@@ -149,7 +149,7 @@ entries!(portable, Portable);
 #[cfg(target_arch = "x86_64")]
 entries!(avx2, Avx2, "avx2,fma,f16c,popcnt");
 #[cfg(target_arch = "x86_64")]
-entries!(avx512, Avx512, "avx512f,avx512bw,avx512vl,avx512vpopcntdq,avx512vnni,avx2,fma,f16c,popcnt");
+entries!(avx512, Avx512, "avx512f,avx512bw,avx512vl,avx512vpopcntdq,avx2,fma,f16c,popcnt");
 
 /// Calls `$body` with `$ptr` as the pointer of the weights' own type.
 macro_rules! with_elements {

@@ -60,7 +60,7 @@ pub(super) fn quantise<'q>(x: &[f32], q: &'q mut [i8]) -> Quantised<'q> {
 /// The score operations of an instruction set.
 ///
 /// # Safety
-/// As for [`Lanes`]; AVX-512 has VNNI.
+/// As for [`Lanes`]; AVX-512 has VPOPCNTDQ.
 pub(super) trait Scores: Lanes {
     /// Brings values in order, a multiple of [`Q_MULTIPLE`], into that in which `negative_sums` reads them.
     unsafe fn arrange(_q: &mut [i8]) {}
