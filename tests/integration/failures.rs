@@ -145,6 +145,13 @@ fn a_text_that_cannot_be_measured_is_named() {
 
 /// What becomes of a generation that gets `signal` while its text comes.
 fn signalled(command: &mut Command, signal: libc::c_int) -> Output {
+    let forget_nohup = || {
+        // SAFETY: sets a disposition, as is allowed between fork and exec. These tests may run under nohup themselves.
+        unsafe { libc::signal(libc::SIGHUP, libc::SIG_DFL) };
+        Ok(())
+    };
+    // SAFETY: see above.
+    unsafe { command.pre_exec(forget_nohup) };
     let mut child = command
         .arg(bundled_sinf())
         .args(["-p", "The", "-n", "500", "--ignore-eos", "--temp", "0", "-t", "1"])
