@@ -30,8 +30,12 @@ const ACCS: usize = 4;
 const CHUNK_BYTES: usize = 256 << 10;
 /// Rows of a matvec chunk are a multiple of this.
 const ROW_MULTIPLE: usize = 8;
-/// Neurons in a chunk of gate and up.
-const MLP_ROWS: usize = 128;
+/// Chunks of gate and up for each thread: so few that reading a chunk's first listed rows, which nothing asked for before,
+/// matters little, so many that threads end together.
+const MLP_CHUNKS: usize = 5;
+/// Least and most neurons in a chunk.
+const MLP_ROWS_MIN: usize = 128;
+const MLP_ROWS_MAX: usize = 512;
 /// Rows in a chunk of an audit.
 const AUDIT_ROWS: usize = 32;
 /// Rows out of a list that share one pass over x.
@@ -364,7 +368,7 @@ impl Scratch {
         Self {
             rows: vec![0; intermediate_size],
             h: vec![0.0; intermediate_size],
-            counts: vec![MlpCounts::default(); intermediate_size.div_ceil(MLP_ROWS)],
+            counts: vec![MlpCounts::default(); intermediate_size.div_ceil(MLP_ROWS_MIN)],
             x_words: vec![0; hidden_size.div_ceil(32)],
             q: vec![0; scores::q_len(hidden_size)],
             inner: vec![0.0; hidden_size],
@@ -389,6 +393,7 @@ struct GateUp<'a> {
     x_words: &'a [u32],
     quantised: Quantised<'a>,
     inner: &'a [f32],
+    chunk_rows: usize,
     rows: Shared<u32>,
     h: Shared<f32>,
     counts: Shared<MlpCounts>,
@@ -444,6 +449,9 @@ pub(super) fn mlp(
             }
         }
     }
+    let chunk_rows = n_rows.div_ceil(MLP_CHUNKS * pool.n_threads()).next_multiple_of(signs::GROUP);
+    let chunk_rows = chunk_rows.clamp(MLP_ROWS_MIN, MLP_ROWS_MAX);
+    let n_chunks = n_rows.div_ceil(chunk_rows);
     let args = GateUp {
         w: *w,
         select: *select,
@@ -452,18 +460,19 @@ pub(super) fn mlp(
         x_words: &scratch.x_words,
         quantised,
         inner: &scratch.inner,
+        chunk_rows,
         rows: Shared::new(&mut scratch.rows),
         h: Shared::new(&mut scratch.h),
         counts: Shared::new(&mut scratch.counts),
         skip: sample.map(|_| Shared::new(&mut scratch.skip)),
     };
-    pool.run(n_rows.div_ceil(MLP_ROWS), &|chunk| dispatch!(isa, gate_up_chunk, &args, chunk));
+    pool.run(n_chunks, &|chunk| dispatch!(isa, gate_up_chunk, &args, chunk));
 
     let dense = matches!(select, Rows::All);
     let (mut total, mut n_listed) = (MlpCounts::default(), 0);
-    for (chunk, counts) in scratch.counts.iter().enumerate() {
-        let start = chunk * MLP_ROWS;
-        let n = if dense { MLP_ROWS.min(n_rows - start) } else { counts.n_active };
+    for (chunk, counts) in scratch.counts[..n_chunks].iter().enumerate() {
+        let start = chunk * chunk_rows;
+        let n = if dense { chunk_rows.min(n_rows - start) } else { counts.n_active };
         scratch.rows.copy_within(start..start + n, n_listed);
         scratch.h.copy_within(start..start + n, n_listed);
         n_listed += n;
@@ -526,8 +535,8 @@ fn audit(
 /// of `L`.
 #[inline(always)]
 unsafe fn gate_up_chunk<L: Signs + Scores>(args: &GateUp<'_>, chunk: usize) {
-    let row0 = chunk * MLP_ROWS;
-    let n_rows = MLP_ROWS.min(args.w.gate.n_rows - row0);
+    let row0 = chunk * args.chunk_rows;
+    let n_rows = args.chunk_rows.min(args.w.gate.n_rows - row0);
     let n_cols = args.w.gate.n_cols;
     let x = args.x.as_ptr();
     // SAFETY: this chunk's part of the scratch; rows lie in the matrices.
@@ -574,7 +583,7 @@ unsafe fn gate_up_chunk<L: Signs + Scores>(args: &GateUp<'_>, chunk: usize) {
                     let skip = skip.slice(row0, n_rows);
                     rows[..n_kept].iter().for_each(|&row| skip[row as usize - row0] = false);
                 }
-                let mut gates = [0.0; MLP_ROWS];
+                let mut gates = [0.0; MLP_ROWS_MAX];
                 with_elements!(args.w.gate.data, w => {
                     dots_of::<L, _>(w, &rows[..n_kept], n_cols, x, &mut gates);
                 });
@@ -591,7 +600,7 @@ unsafe fn gate_up_chunk<L: Signs + Scores>(args: &GateUp<'_>, chunk: usize) {
             }
         }
         let n_active = counts.n_active;
-        let mut ups = [0.0; MLP_ROWS];
+        let mut ups = [0.0; MLP_ROWS_MAX];
         with_elements!(args.w.up.data, w => {
             dots_of::<L, _>(w, &rows[..n_active], n_cols, x, &mut ups);
         });
