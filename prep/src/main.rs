@@ -11,11 +11,8 @@ use prep::cli::{Cli, Command, ConvertArgs, EvalArgs, InspectArgs, ReportArgs, Ve
 use prep::inspect::PredictorRow;
 use prep::synth::{self, SynthArgs, SynthError};
 use prep::{ConvertReport, PrepError, Progress};
-use runtime::interrupt::on_interrupt;
+use runtime::interrupt::{INTERRUPTED, on_interrupt};
 use serde::Serialize;
-
-/// Exit code after Ctrl-C, as shells give it.
-const INTERRUPTED: u8 = 130;
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
@@ -78,14 +75,7 @@ fn report_page(args: &ReportArgs) -> anyhow::Result<()> {
 fn interruptible(quiet: bool) -> anyhow::Result<Arc<Progress>> {
     let progress = Arc::new(if quiet { Progress::silent() } else { Progress::on_terminal() });
     let handler = Arc::clone(&progress);
-    on_interrupt(move || {
-        if handler.is_interrupted() {
-            // The second time, at once.
-            std::process::exit(INTERRUPTED.into());
-        }
-        handler.interrupt();
-    })
-    .context("cannot listen for signals")?;
+    on_interrupt(move || handler.interrupt()).context("cannot listen for signals")?;
     Ok(progress)
 }
 

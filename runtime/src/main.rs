@@ -21,7 +21,7 @@ use runtime::device::{self, DeviceError};
 use runtime::generate::{
     GenerateError, GenerateOptions, Generated, N_BATCH_MAX, StopReason, check_prompt, generate,
 };
-use runtime::interrupt::on_interrupt;
+use runtime::interrupt::{INTERRUPTED, on_interrupt};
 use runtime::perplexity::{Perplexity, PerplexityError, PerplexityOptions, join_documents, perplexity};
 use runtime::sampler::Candidate;
 use runtime::stats::{RowShares, Stats, Times};
@@ -29,9 +29,6 @@ use runtime::{MlpMode, Model, RuntimeError, Session, SessionOptions, Tokenizer};
 
 use cli::{Action, Cli, Source, Table};
 use progress::LoadProgress;
-
-/// As shells report a process that Ctrl-C ended.
-const INTERRUPTED: u8 = 130;
 
 fn main() -> ExitCode {
     let started = Instant::now();
@@ -392,12 +389,7 @@ impl TextOutput {
 fn catch_interrupts() -> anyhow::Result<Arc<AtomicBool>> {
     let interrupted = Arc::new(AtomicBool::new(false));
     let raised = Arc::clone(&interrupted);
-    on_interrupt(move || {
-        if raised.swap(true, Ordering::Relaxed) {
-            std::process::exit(i32::from(INTERRUPTED));
-        }
-    })
-    .context("cannot catch Ctrl-C")?;
+    on_interrupt(move || raised.store(true, Ordering::Relaxed)).context("cannot catch Ctrl-C")?;
     Ok(interrupted)
 }
 

@@ -19,7 +19,7 @@ const DOWN_BLOCKS_PER_SM: usize = 2;
 const DOWN_CHUNKS_MAX: usize = 64;
 const ATTENTION_THREADS: usize = 256;
 /// `SCORE_ROWS`, `STEP_WORDS` and `X_PLANES` of scores.cuh.
-const SCORE_ROWS: usize = 8;
+pub(super) const SCORE_ROWS: usize = 8;
 const STEP_WORDS: usize = 16;
 const X_PLANES: usize = 8;
 /// Blocks of `attention` for each SM, over all key/value heads.

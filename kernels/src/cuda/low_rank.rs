@@ -2,7 +2,7 @@
 //! (predict_low_rank.cu).
 
 use super::gemm::check_grid;
-use super::launch::{LowRankArgs, RowsArgs, check_aligned, check_floats};
+use super::launch::{LowRankArgs, RowsArgs, SCORE_ROWS, check_aligned, check_floats};
 use super::{Buffer, CudaError, Device, DeviceLowRank, DeviceRows, DeviceThresholds, Dtype, Quantised, View};
 use crate::shape::{DOT_CHAINS, DOT_SEGMENT, check};
 
@@ -14,8 +14,6 @@ const BATCH_ROWS: usize = 32;
 const TOKEN_THREADS: usize = 512;
 /// Columns that it takes whole multiples of: segments of a dot product, and steps of the words of signs.
 const TOKEN_COLS: usize = 512;
-/// Its rows of the second factor that a warp scores at a time, as SCORE_ROWS in scores.cuh.
-const TOKEN_ROWS: usize = 8;
 
 /// The predictor of low rank over a batch.
 #[derive(Clone, Copy, Debug)]
@@ -206,7 +204,7 @@ impl Device {
         let sign_bytes = match call.factors.residual {
             None => 0,
             Some(_) => {
-                block_rows.next_multiple_of(TOKEN_ROWS).min(TOKEN_THREADS / WARP * TOKEN_ROWS) * n_cols / 8
+                block_rows.next_multiple_of(SCORE_ROWS).min(TOKEN_THREADS / WARP * SCORE_ROWS) * n_cols / 8
             }
         };
         let takes = rank.is_multiple_of(8) && n_cols.is_multiple_of(TOKEN_COLS);
